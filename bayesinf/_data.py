@@ -1,0 +1,176 @@
+"""Examples with stable ids: tensors, dict batches and map-style datasets behind one interface.
+
+A batch is always the pair ``(inputs, target)``. ``inputs`` is a tensor, a tuple of tensors
+(positional arguments of the module) or a dict of tensors (keyword arguments).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils.data import Dataset, default_collate
+
+__all__ = ["Batch", "Examples", "resolve_ids"]
+
+Batch = tuple[Any, Any]
+
+_TARGET_NAMES = ("target", "targets", "label", "labels", "y")
+
+
+def resolve_ids(ids: Sequence[Any] | np.ndarray | None, n: int, name: str) -> np.ndarray:
+    """Return ``n`` unique integer or string ids, ``0 … n−1`` by default."""
+    if ids is None:
+        return np.arange(n)
+    array = np.asarray(ids)
+    if array.dtype.kind not in "iuUT" or array.shape != (n,):
+        raise ValueError(
+            f"{name}_ids must be {n} integers or strings, one per {name} example; got "
+            f"{array.dtype} of shape {array.shape}."
+        )
+    unique, counts = np.unique(array, return_counts=True)
+    if len(unique) < n:
+        raise ValueError(
+            f"{name}_ids must be unique: {unique[counts > 1][0]!r} occurs {counts.max()} times. "
+            f"Scores and stores are labelled by these ids."
+        )
+    return array.astype(np.int64) if array.dtype.kind in "iu" else array
+
+
+class Examples:
+    """``n`` examples, fetched by position and labelled by id.
+
+    Parameters
+    ----------
+    data
+        ``(x, y)`` or ``(x1, …, y)`` tensors, a dict of tensors (or of arrays), or a map-style
+        ``torch.utils.data.Dataset`` whose items are ``(x, y)`` tuples or dicts. Dataset items are
+        collated by ``torch.utils.data.default_collate`` whenever they are read.
+    ids
+        Unique integers or strings; ``0 … n−1`` by default.
+    name
+        ``"train"`` or ``"query"``, for messages.
+    device, dtype
+        Where batches go; floating-point inputs and targets are cast to ``dtype``.
+    target
+        For dicts: the key of the target, when it is none of target(s), label(s), y.
+    """
+
+    def __init__(
+        self,
+        data: Any,
+        ids: Sequence[Any] | np.ndarray | None,
+        name: str,
+        device: torch.device,
+        dtype: torch.dtype,
+        target: str | None = None,
+    ) -> None:
+        self.name, self.device, self.dtype = name, device, dtype
+        self._target = target
+        self._fetch: Callable[[Tensor], Batch]
+        if isinstance(data, Mapping):
+            tensors = {key: torch.as_tensor(value) for key, value in data.items()}
+            self._hold(self._split(tensors))
+        elif isinstance(data, (tuple, list)) and len(data) >= 2:
+            self._hold(self._split(tuple(torch.as_tensor(part) for part in data)))
+        elif isinstance(data, Dataset) and hasattr(data, "__len__"):
+            self._hold_dataset(data)
+        else:
+            raise TypeError(
+                f"{name}= must be tensors (x, y), a dict of tensors, or a map-style Dataset with "
+                f"__len__; got {type(data).__name__}. A DataLoader's dataset is `loader.dataset`."
+            )
+        if len(self) == 0:
+            raise ValueError(f"{name}= holds no examples.")
+        self.ids = resolve_ids(ids, len(self), name)
+
+    def _split(self, item: Any) -> Batch:
+        """Split a tuple or dict of collated tensors into (inputs, target)."""
+        if isinstance(item, Mapping):
+            found = [self._target] if self._target else [k for k in _TARGET_NAMES if k in item]
+            if len(found) != 1 or found[0] not in item:
+                raise ValueError(
+                    f"{self.name}= has keys {sorted(item)}, and exactly one must be the target "
+                    f"({', '.join(_TARGET_NAMES)}). Name it: Task(..., target='key')."
+                )
+            named = {key: value for key, value in item.items() if key != found[0]}
+            return named, item[found[0]]
+        if not isinstance(item, (tuple, list)) or len(item) < 2:
+            raise ValueError(
+                f"{self.name}= items must be (x, y) or dicts; got {type(item).__name__}."
+            )
+        *inputs, target = item
+        return (inputs[0] if len(inputs) == 1 else tuple(inputs)), target
+
+    def _to(self, leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            raise TypeError(
+                f"{self.name}= must collate to tensors; got a {type(leaf).__name__}. Drop columns "
+                f"such as text before they reach the task."
+            )
+        dtype = self.dtype if leaf.is_floating_point() else leaf.dtype
+        return leaf.to(self.device, dtype)
+
+    def _hold(self, batch: Batch) -> None:
+        batch = tree_map(self._to, batch)
+        leaves = tree_flatten(batch)[0]
+        lengths = {len(leaf) for leaf in leaves}
+        if len(lengths) != 1:
+            raise ValueError(
+                f"{self.name}= tensors must agree in their first dimension; got lengths "
+                f"{sorted(lengths)} from shapes {[tuple(leaf.shape) for leaf in leaves]}."
+            )
+        self._n = lengths.pop()
+        self._fetch = lambda index: tree_map(lambda leaf: leaf[index], batch)
+
+    def _hold_dataset(self, data: Any) -> None:
+        self._n = len(data)
+
+        def fetch(index: Tensor) -> Batch:
+            items = default_collate([data[int(i)] for i in index.flatten()])
+            batch = tree_map(self._to, self._split(items))
+            return tree_map(lambda leaf: leaf.reshape(*index.shape, *leaf.shape[1:]), batch)
+
+        self._fetch = fetch
+
+    def __len__(self) -> int:
+        return self._n
+
+    def batch(self, index: Tensor | slice | None = None) -> Batch:
+        """Fetch ``(inputs, target)`` at positions ``index``, which may have any shape."""
+        if index is None or isinstance(index, slice):
+            index = torch.arange(self._n)[index or slice(None)]
+        return self._fetch(index)
+
+    def batches(self, size: int) -> Iterator[tuple[slice, Batch]]:
+        """Iterate over all examples in order, ``size`` at a time."""
+        for start in range(0, self._n, size):
+            where = slice(start, min(start + size, self._n))
+            yield where, self.batch(where)
+
+    def positions(self, ids: Sequence[Any] | np.ndarray) -> np.ndarray:
+        """Positions of the given ids, or ``KeyError`` naming those that are unknown."""
+        place = {key: i for i, key in enumerate(self.ids.tolist())}
+        wanted = np.asarray(ids).tolist()
+        unknown = [key for key in wanted if key not in place]
+        if unknown:
+            raise KeyError(
+                f"unknown {self.name} ids {unknown[:5]}; ids run from {self.ids[0]!r} to "
+                f"{self.ids[-1]!r} ({len(self)} of them)."
+            )
+        return np.array([place[key] for key in wanted], dtype=np.int64)
+
+    def fingerprint(self, limit: int = 4096) -> str:
+        """Hash of the ids and of up to ``limit`` evenly spaced examples."""
+        digest = hashlib.sha256("\x1f".join(map(str, self.ids.tolist())).encode())
+        step = max(1, -(-self._n // limit))
+        for start in range(0, self._n, 256 * step):
+            index = torch.arange(start, min(start + 256 * step, self._n), step)
+            for leaf in tree_flatten(self.batch(index))[0]:
+                digest.update(leaf.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]

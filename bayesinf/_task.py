@@ -1,0 +1,253 @@
+"""A task: a network, what its loss is, the examples, and which of its parameters count."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from bayesinf._data import Batch, Examples
+from bayesinf._likelihoods import Likelihood, require
+
+__all__ = ["Measurement", "Task"]
+
+Measurement = str | Callable[["Task", dict[str, Tensor], Batch], Tensor]
+"""A likelihood's method by name, or ``f(task, params, batch) -> (B,)``."""
+
+
+class Task:
+    r"""A trained checkpoint with its likelihood and its train and query examples.
+
+    The network is copied when the task is made, and the copy is put in eval mode (dropout off,
+    batch-norm statistics frozen). The user's module is never touched: weights, ``requires_grad``,
+    training flags, hooks and ``.grad`` stay as they are. Tied weights count once, under the name
+    that ``named_parameters()`` gives them.
+
+    Parameters
+    ----------
+    model
+        Any ``nn.Module`` that maps inputs to outputs, one row per example. An output with a
+        ``logits`` attribute is reduced to it.
+    likelihood
+        What the loss is: :class:`~bayesinf.Categorical`, :class:`~bayesinf.Gaussian`,
+        :class:`~bayesinf.Bernoulli`, or any object with ``loss(outputs, target) -> (B,)``.
+    train, query
+        ``(x, y)`` tensors, a dict of tensors, or a map-style ``Dataset``.
+    parameters
+        Which parameters are sampled and attributed to: names or regular expressions that match a
+        whole name. Default: all with ``requires_grad``.
+    train_ids, query_ids
+        Unique integers or strings; positions by default.
+    device
+        Default: where the model's first parameter is.
+    target
+        Key of the target in dict data, where it is not called target(s), label(s) or y.
+
+    Attributes
+    ----------
+    params : dict[str, Tensor]
+        The selected weights at the checkpoint, ``w0``.
+    module : nn.Module
+        The task's own frozen copy of the network.
+    n : int
+        Number of training examples.
+    dimension : int
+        Number of selected parameters, ``d``.
+
+    Raises
+    ------
+    ValueError
+        If a name matches nothing, the losses are not one finite number per example, the target
+        does not fit the likelihood, or two evaluations of the same batch differ.
+    TypeError
+        If data or parameters are of a kind that cannot be used.
+
+    Examples
+    --------
+    >>> import torch, bayesinf as bi
+    >>> x, y = torch.randn(20, 3), torch.randn(20, 1)
+    >>> task = bi.Task(torch.nn.Linear(3, 1), bi.Gaussian(), train=(x, y), query=(x[:5], y[:5]))
+    >>> task.dimension, task.n
+    (4, 20)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: Likelihood,
+        *,
+        train: Any,
+        query: Any,
+        parameters: str | Iterable[str] | None = None,
+        train_ids: Sequence[Any] | np.ndarray | None = None,
+        query_ids: Sequence[Any] | np.ndarray | None = None,
+        device: torch.device | str | None = None,
+        target: str | None = None,
+    ) -> None:
+        names = _select(model, parameters)
+        weights = dict(model.named_parameters())
+        first = weights[names[0]]
+        self.device = torch.device(device) if device is not None else first.device
+        self.dtype = first.dtype
+        self.likelihood = likelihood
+        self.module = _frozen_copy(model).to(self.device)
+        own = dict(self.module.named_parameters())
+        self.params = {name: own[name].detach() for name in names}
+        self.dimension = sum(p.numel() for p in self.params.values())
+        self.train = Examples(train, train_ids, "train", self.device, self.dtype, target)
+        self.query = Examples(query, query_ids, "query", self.device, self.dtype, target)
+        self._validate()
+
+    @property
+    def n(self) -> int:
+        """Number of training examples."""
+        return len(self.train)
+
+    def examples(self, split: str) -> Examples:
+        """Return the ``"train"`` or the ``"query"`` examples."""
+        return self.train if split == "train" else self.query
+
+    # ------------------------------------------------------------------ functional view
+
+    def outputs(self, params: dict[str, Tensor], batch: Batch) -> Any:
+        """Network outputs at ``params`` (a subset of the module's parameters) for a batch."""
+        inputs = batch[0]
+        args: tuple[Any, ...] = ()
+        kwargs: dict[str, Any] = {}
+        if isinstance(inputs, dict):
+            kwargs = inputs
+        else:
+            args = inputs if isinstance(inputs, tuple) else (inputs,)
+        out = functional_call(self.module, params, args, kwargs)
+        return out if isinstance(out, Tensor) else getattr(out, "logits", out)
+
+    def losses(self, params: dict[str, Tensor], batch: Batch) -> Tensor:
+        """Per-example losses ``ℓ_i(params)``, shape ``(B,)``."""
+        return self.likelihood.loss(self.outputs(params, batch), batch[1])
+
+    def measure(self, measurement: Measurement, params: dict[str, Tensor], batch: Batch) -> Tensor:
+        """Per-example values ``(B,)`` of a measurement: ``"loss"``, ``"margin"``, or a function."""
+        if callable(measurement):
+            return measurement(self, params, batch)
+        method = require(self.likelihood, measurement, f"the measurement {measurement!r}")
+        return method(self.outputs(params, batch), batch[1])
+
+    # ------------------------------------------------------------------ flat view
+
+    def flatten(self, params: dict[str, Tensor]) -> Tensor:
+        """Concatenate the selected parameters to ``(..., d)``; leading dimensions are kept."""
+        parts = []
+        for name, reference in self.params.items():
+            value = params[name]
+            lead = value.shape[: value.ndim - reference.ndim]
+            parts.append(value.reshape(*lead, reference.numel()))
+        return torch.cat(parts, dim=-1)
+
+    def unflatten(self, flat: Tensor) -> dict[str, Tensor]:
+        """Views of ``(..., d)`` as named parameters with the same leading dimensions."""
+        sizes = [p.numel() for p in self.params.values()]
+        return {
+            name: part.unflatten(-1, reference.shape) if reference.ndim else part.squeeze(-1)
+            for (name, reference), part in zip(
+                self.params.items(), flat.split(sizes, dim=-1), strict=True
+            )
+        }
+
+    # ------------------------------------------------------------------ identity
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Hashes of the checkpoint and data, for stores and scores."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.module.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return {
+            "checkpoint": digest.hexdigest()[:16],
+            "parameters": hashlib.sha256("\n".join(self.params).encode()).hexdigest()[:16],
+            "likelihood": repr(self.likelihood),
+            "train": self.train.fingerprint(),
+            "query": self.query.fingerprint(),
+            "n": self.n,
+            "dtype": str(self.dtype),
+        }
+
+    # ------------------------------------------------------------------ checks
+
+    def _validate(self) -> None:
+        for data in (self.train, self.query):
+            index = torch.arange(min(2, len(data)))
+            batch = data.batch(index)
+            with torch.no_grad():
+                outputs = self.outputs(self.params, batch)
+                check = getattr(self.likelihood, "check", None)
+                if check is not None:
+                    check(outputs, batch[1])
+                losses = self.likelihood.loss(outputs, batch[1])
+                again = self.losses(self.params, data.batch(index))
+            if tuple(losses.shape) != (len(index),):
+                raise ValueError(
+                    f"the likelihood must return one loss per example, shape ({len(index)},) "
+                    f"here; got {tuple(losses.shape)}. Usual cause: reduction='mean' in the loss "
+                    f"(use 'none' and sum over an example's outputs)."
+                )
+            if not bool(torch.isfinite(losses).all()):
+                raise ValueError(
+                    f"the loss of a {data.name} example is not finite at the checkpoint: "
+                    f"{losses.tolist()}. Check the weights and the inputs for NaN or inf."
+                )
+            if not torch.equal(losses, again):
+                raise ValueError(
+                    f"two evaluations of the same {data.name} examples differ "
+                    f"({losses.tolist()} and {again.tolist()}): the model or the dataset is "
+                    f"random even in eval mode. Use deterministic layers and drop augmentation."
+                )
+
+
+def _frozen_copy(model: nn.Module) -> nn.Module:
+    """Copy a module without its gradients, in eval mode, with nothing requiring grad."""
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(p.detach().clone(), requires_grad=False) for p in model.parameters()
+    }
+    return copy.deepcopy(model, memo).eval()
+
+
+def _select(model: nn.Module, parameters: str | Iterable[str] | None) -> list[str]:
+    """Canonical names of the selected parameters, in the module's order."""
+    canonical = {id(p): name for name, p in model.named_parameters()}
+    if not canonical:
+        raise ValueError(f"{type(model).__name__} has no parameters.")
+    every = dict(model.named_parameters(remove_duplicate=False))
+    if parameters is None:
+        chosen = {name for name, p in model.named_parameters() if p.requires_grad}
+        if not chosen:
+            raise ValueError(
+                "no parameter has requires_grad=True. Name the ones that count: "
+                "Task(..., parameters='.*') takes them all."
+            )
+    else:
+        patterns = [parameters] if isinstance(parameters, str) else list(parameters)
+        chosen = set()
+        for pattern in patterns:
+            hits = [name for name in every if name == pattern or re.fullmatch(pattern, name)]
+            if not hits:
+                raise ValueError(
+                    f"parameters={pattern!r} matches no parameter. Names are "
+                    f"{sorted(every)[:12]}{' …' if len(every) > 12 else ''}; a regular "
+                    f"expression must match the whole name."
+                )
+            chosen |= {canonical[id(every[name])] for name in hits}
+    names = [name for name in canonical.values() if name in chosen]
+    kinds = {every[name].dtype for name in names}
+    if len(kinds) != 1 or kinds.pop() not in (torch.float32, torch.float64):
+        raise TypeError(
+            "the selected parameters must all be float32 or all float64 (half precision rounds "
+            "most sampling noise to zero). Convert the model first: model.float()."
+        )
+    return names

@@ -1,0 +1,1 @@
+"""Attribution methods, one a file, all returning scores in one format."""

@@ -1,0 +1,131 @@
+"""The one format of scores: a labelled ``xarray.Dataset``, and the registry of methods.
+
+``influence[query, train] = d E[φ_query] / d b_train``: negative = helpful (up-weighting the
+training example lowers the query's loss). Methods that only rank store ``−similarity`` in the same
+variable and say so in ``attrs["estimand"]``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+__all__ = ["METHODS", "Method", "make_scores", "register"]
+
+ESTIMANDS = ("influence", "similarity")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the registry: a function ``(task, …) -> xr.Dataset`` and what it needs."""
+
+    name: str
+    function: Callable[..., xr.Dataset]
+    estimand: str
+    summary: str
+
+
+METHODS: dict[str, Method] = {}
+
+
+def register(
+    estimand: str, summary: str
+) -> Callable[[Callable[..., xr.Dataset]], Callable[..., xr.Dataset]]:
+    """Add a method to the registry under its function's name."""
+
+    def add(function: Callable[..., xr.Dataset]) -> Callable[..., xr.Dataset]:
+        METHODS[function.__name__] = Method(function.__name__, function, estimand, summary)
+        return function
+
+    return add
+
+
+def make_scores(
+    influence: np.ndarray,
+    *,
+    query: np.ndarray,
+    train: np.ndarray,
+    method: str,
+    estimand: str,
+    attrs: dict[str, Any] | None = None,
+    **variables: np.ndarray,
+) -> xr.Dataset:
+    """Label a score matrix.
+
+    Parameters
+    ----------
+    influence
+        ``(queries, train examples)``, sign and unit of the estimand.
+    query, train
+        Ids.
+    method
+        Name of the method.
+    estimand
+        ``"influence"`` or ``"similarity"`` (only ranks mean something).
+    attrs
+        What made the scores: ``n_beta``, ``gamma``, ``damping``, ``fisher``, checkpoint hash,
+        ``seconds``, …; nested values are stored as JSON.
+    **variables
+        Further ``(query, train)`` arrays, such as ``mcse``.
+
+    Returns
+    -------
+    xr.Dataset
+        Variables ``influence`` and the others, dims ``query`` and ``train``.
+
+    Raises
+    ------
+    ValueError
+        If a shape is wrong, the estimand unknown, or any score not finite.
+    """
+    if estimand not in ESTIMANDS:
+        raise ValueError(f"estimand must be one of {ESTIMANDS}; got {estimand!r}.")
+    shape = (len(query), len(train))
+    arrays = {"influence": influence, **variables}
+    for name, array in arrays.items():
+        if array.shape != shape:
+            raise ValueError(f"{name} must have shape (query, train) = {shape}; got {array.shape}.")
+        bad = ~np.isfinite(array)
+        if bad.any():
+            q, t = np.argwhere(bad)[0]
+            raise ValueError(
+                f"{method}: {name} is not finite for {int(bad.sum())} of {bad.size} pairs, first "
+                f"query {query[q]!r} and train {train[t]!r}. Usual causes: inf or NaN in an "
+                f"example's loss or gradient, or a damping too small for the precision."
+            )
+    meta = {
+        "method": method,
+        "estimand": estimand,
+        "checkpoints": 1,
+        **_versions(),
+        **(attrs or {}),
+    }
+    return xr.Dataset(
+        {name: (("query", "train"), array) for name, array in arrays.items()},
+        coords={"query": query, "train": train},
+        attrs={key: _plain(value) for key, value in meta.items() if value is not None},
+    )
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in ("bayesinf", "torch", "numpy"):
+        try:
+            found[f"{package}_version"] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (str, int, float)) and not isinstance(value, bool):
+        return value
+    if isinstance(value, np.generic):
+        return value.item()
+    return json.dumps(value)

@@ -1,0 +1,1 @@
+"""Curvature of the training loss: capture, Kronecker algebra, factors."""

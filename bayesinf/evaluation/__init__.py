@@ -1,0 +1,1 @@
+"""Judging scores by real retrainings."""

@@ -1,0 +1,1 @@
+"""Figures; nothing imports this."""

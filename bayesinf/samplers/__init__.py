@@ -1,0 +1,1 @@
+"""Samplers, one kernel a file."""
