@@ -6,6 +6,7 @@ A batch is always the pair ``(inputs, target)``. ``inputs`` is a tensor, a tuple
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -152,6 +153,13 @@ class Examples:
         for start in range(0, self._n, size):
             where = slice(start, min(start + size, self._n))
             yield where, self.batch(where)
+
+    def to(self, device: torch.device) -> Examples:
+        """Return the same examples with batches on another device."""
+        moved = copy.copy(self)
+        fetch, moved.device = self._fetch, device
+        moved._fetch = lambda index: tree_map(lambda leaf: leaf.to(device), fetch(index))
+        return moved
 
     def positions(self, ids: Sequence[Any] | np.ndarray) -> np.ndarray:
         """Positions of the given ids, or ``KeyError`` naming those that are unknown."""

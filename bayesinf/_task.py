@@ -160,6 +160,19 @@ class Task:
             )
         }
 
+    def to(self, device: torch.device | str) -> Task:
+        """Return the same task on another device; this one stays where it is."""
+        device = torch.device(device)
+        if device == self.device:
+            return self
+        moved = copy.copy(self)
+        moved.device = device
+        moved.module = copy.deepcopy(self.module).to(device)
+        own = dict(moved.module.named_parameters())
+        moved.params = {name: own[name].detach() for name in self.params}
+        moved.train, moved.query = self.train.to(device), self.query.to(device)
+        return moved
+
     # ------------------------------------------------------------------ identity
 
     def fingerprint(self) -> dict[str, Any]:

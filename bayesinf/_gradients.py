@@ -1,0 +1,169 @@
+"""Losses and mean-loss gradients at many positions at once: vectorised and traced, or looped.
+
+Shapes: positions ``(C, d)``, one row per chain; a shared batch has leaves ``(B, …)`` and is seen
+by all chains, a batch of its own per chain has leaves ``(C, B, …)``.
+
+Vectorised, the computation over all chains is recorded once per shape as a flat list of tensor
+operations (``make_fx`` over ``torch.func.vmap``) and replayed from then on, without the cost of
+the transforms. The first replay is compared with the looped computation; a network that cannot be
+traced, or whose trace disagrees, is looped, with a warning that says why.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import grad_and_value, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from bayesinf._data import Batch
+from bayesinf._task import Measurement, Task
+
+__all__ = ["ChainFunctions", "VectorizationWarning"]
+
+_MAX_VECTORIZED_PARAMETERS = 1_000_000
+
+
+class VectorizationWarning(UserWarning):
+    """Chains run one after another because the network cannot be vectorised."""
+
+
+class ChainFunctions:
+    """``C`` positions in, losses and gradients out; knows nothing of posteriors or samplers.
+
+    Parameters
+    ----------
+    task
+        The task.
+    vectorize
+        True or False to force; None vectorises networks of up to 10⁶ selected parameters, where
+        the cost of a step is mostly that of launching operations.
+    """
+
+    def __init__(self, task: Task, vectorize: bool | None = None) -> None:
+        self.task = task
+        self.vectorize = (
+            task.dimension <= _MAX_VECTORIZED_PARAMETERS if vectorize is None else vectorize
+        )
+        self._forced = vectorize is True
+        self._traces: dict[Any, Callable[..., list[Tensor]]] = {}
+
+    def loss_grad(self, position: Tensor, batch: Batch, *, shared: bool) -> tuple[Tensor, Tensor]:
+        """Gradient ``(C, d)`` and value ``(C,)`` of the batch's **mean** loss at each position."""
+
+        def one(w: Tensor, batch: Batch) -> list[Tensor]:
+            def mean_loss(w: Tensor) -> Tensor:
+                return self.task.losses(self.task.unflatten(w), batch).mean()
+
+            return list(grad_and_value(mean_loss)(w))
+
+        grad, loss = self._run("loss_grad", one, position, batch, shared)
+        return grad, loss
+
+    def observe(
+        self, position: Tensor, batch: Batch, measurements: Sequence[Measurement]
+    ) -> list[Tensor]:
+        """Per-example values ``(C, B)`` of each measurement on a shared batch."""
+
+        def one(w: Tensor, batch: Batch) -> list[Tensor]:
+            params = self.task.unflatten(w)
+            return [self.task.measure(m, params, batch) for m in measurements]
+
+        return self._run(("observe", *measurements), one, position, batch, True)
+
+    # ------------------------------------------------------------------ how it runs
+
+    def _run(
+        self,
+        key: Any,
+        one: Callable[[Tensor, Batch], list[Tensor]],
+        position: Tensor,
+        batch: Batch,
+        shared: bool,
+    ) -> list[Tensor]:
+        if not self.vectorize:
+            return _loop(one, position, batch, shared)
+        leaves, spec = tree_flatten(batch)
+        key = (key, shared, position.shape, *((leaf.shape, leaf.dtype) for leaf in leaves))
+        if key not in self._traces:
+            try:
+                self._traces[key] = _trace(one, position, leaves, spec, shared)
+                self._compare(key, one, position, batch, leaves, shared)
+            except Exception as error:
+                if self._forced:
+                    raise
+                self._fall_back(error)
+                return _loop(one, position, batch, shared)
+        with torch.no_grad():
+            return self._traces[key](position, *leaves)
+
+    def _compare(
+        self,
+        key: Any,
+        one: Callable[[Tensor, Batch], list[Tensor]],
+        position: Tensor,
+        batch: Batch,
+        leaves: list[Tensor],
+        shared: bool,
+    ) -> None:
+        """Check a fresh trace against the plain computation for the last chain."""
+        mine = batch if shared else tree_unflatten([leaf[-1] for leaf in leaves], _spec(batch))
+        with torch.no_grad():
+            traced = [out[-1] for out in self._traces[key](position, *leaves)]
+        tolerance = 1e-3 if position.dtype == torch.float32 else 1e-8
+        for got, expected in zip(traced, one(position[-1], mine), strict=True):
+            scale = expected.detach().abs().max()
+            if not bool(torch.isfinite(scale)):
+                continue  # a diverged chain is the driver's business
+            if float((got - expected.detach()).abs().max()) > tolerance * float(scale + 1e-6):
+                raise RuntimeError("its recorded operations do not reproduce its outputs")
+
+    def _fall_back(self, error: Exception) -> None:
+        self.vectorize = False
+        self._traces.clear()
+        reason = str(error).strip().split("\n")[0][:300]
+        warnings.warn(
+            f"chains run one after another, because {type(self.task.module).__name__} cannot be "
+            f"vectorised: {type(error).__name__}: {reason}. Results are the same, only slower; "
+            f"vectorize=False silences this.",
+            VectorizationWarning,
+            stacklevel=2,
+        )
+
+
+def _spec(batch: Batch) -> Any:
+    return tree_flatten(batch)[1]
+
+
+def _trace(
+    one: Callable[[Tensor, Batch], list[Tensor]],
+    position: Tensor,
+    leaves: list[Tensor],
+    spec: Any,
+    shared: bool,
+) -> Callable[..., list[Tensor]]:
+    def flat(w: Tensor, *leaves: Tensor) -> list[Tensor]:
+        return one(w, tree_unflatten(list(leaves), spec))
+
+    in_dims = (0, *([None if shared else 0] * len(leaves)))
+    graph = make_fx(vmap(flat, in_dims=in_dims))(position, *leaves)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph
+
+
+def _loop(
+    one: Callable[[Tensor, Batch], list[Tensor]], position: Tensor, batch: Batch, shared: bool
+) -> list[Tensor]:
+    leaves, spec = tree_flatten(batch)
+    rows = []
+    with torch.no_grad():
+        for c, w in enumerate(position):
+            mine = batch if shared else tree_unflatten([leaf[c] for leaf in leaves], spec)
+            rows.append(one(w, mine))
+    return [torch.stack(parts) for parts in zip(*rows, strict=True)]

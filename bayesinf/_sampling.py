@@ -1,0 +1,489 @@
+"""The driver: chains × draws, warm-up, thinning, what to observe, progress, resume."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from bayesinf._diagnostics import rhat_of_means
+from bayesinf._posterior import LocalPosterior, Potential
+from bayesinf._rng import BatchStream, ChainGenerators, starting_points
+from bayesinf._task import Measurement
+from bayesinf._traces import FailedChainsWarning, StoreError, TraceStore
+from bayesinf.samplers import Sampler, State
+
+__all__ = ["DivergenceError", "sample"]
+
+_COMMIT_SECONDS = 30.0
+
+
+class DivergenceError(RuntimeError):
+    """A chain left the region where its draws mean anything."""
+
+
+def sample(
+    posterior: LocalPosterior,
+    sampler: Sampler,
+    *,
+    draws: int,
+    warmup: int,
+    chains: int = 4,
+    thin: int = 1,
+    batch_size: int | None = None,
+    seed: int = 0,
+    observe: Mapping[str, Sequence[Any] | None] | None = None,
+    measurements: Sequence[str] | Mapping[str, Measurement] = ("loss",),
+    store: str | os.PathLike[str] | TraceStore | None = None,
+    superchains: int | None = None,
+    jitter: float = 1.0,
+    divergence_bound: float | None = None,
+    on_divergence: Literal["raise", "drop"] = "raise",
+    vectorize: bool | None = None,
+    chunk_size: int = 1000,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> TraceStore:
+    r"""Sample a local posterior and record per-example losses at every kept draw.
+
+    Parameters
+    ----------
+    posterior
+        What is sampled.
+    sampler
+        The kernel, with its step size.
+    draws
+        Kept draws per chain **in all**: with a store that already holds some, the rest is added.
+    warmup
+        Steps before the first kept draw, thrown away; adaptive kernels adapt here and only here.
+    chains
+        Number of chains.
+    thin
+        Steps per kept draw.
+    batch_size
+        Examples per gradient, without replacement within an epoch, reshuffled every epoch, of each
+        chain's own; None for the full batch.
+    seed
+        Of everything random: every chain owns a generator derived from it.
+    observe
+        Which examples are recorded: ``{"train": ids or None, "query": ids or None}``; None (and a
+        missing key) means all.
+    measurements
+        What is recorded of the queries, apart from the loss: names of likelihood methods
+        (``"loss"``, ``"margin"``), or ``{name: f(task, params, batch) -> (B,)}``. Of train examples
+        the loss is recorded.
+    store
+        Where traces go: a path (``*.zarr``), an earlier :class:`TraceStore` to extend, or None for
+        memory. A store with other settings is refused.
+    superchains
+        Groups of chains that start at the same point; default 4 where ``chains`` is a multiple of
+        4, else one per chain. Nested R-hat compares them.
+    jitter
+        Standard deviation of the starting points around the checkpoint, in units of the prior's
+        ``1/√(γ + nβ·wd)``: at 1 they are over-dispersed in every direction of positive curvature.
+    divergence_bound
+        A chain whose mean observed loss exceeds this is stopped and marked ``diverging``. Default:
+        ``L(w0) + 10·(1 + d/(2nβ))``, ten times what ``d`` unconstrained directions would add.
+    on_divergence
+        ``"raise"``, or ``"drop"`` to go on with the healthy chains: failed ones are then absent
+        from every statistic and named in a warning.
+    vectorize
+        Compute chains together or one after another; None chooses. The draws do not depend on it
+        beyond rounding.
+    chunk_size
+        Examples per forward pass, for full-batch gradients and observations (bounds the memory).
+    device
+        Where to run; default: where the task is.
+    progress
+        Whether to show a progress bar with the loss and its R-hat so far.
+
+    Returns
+    -------
+    TraceStore
+        With ``draws`` draws per chain.
+
+    Raises
+    ------
+    DivergenceError
+        If a chain diverges and ``on_divergence="raise"``, or all do.
+    StoreError
+        If the store has other settings or cannot be written.
+    ValueError
+        If an argument is out of range.
+
+    Notes
+    -----
+    A run that is killed at any moment goes on with the same call and ends with the traces of an
+    undisturbed run, bit for bit on the same device, thread count and versions.
+    """
+    if device is not None:
+        posterior = replace(posterior, task=posterior.task.to(torch.device(device)))
+    plan = _Plan.make(
+        posterior, sampler, draws, warmup, chains, thin, batch_size, seed, superchains, jitter,
+        observe, measurements,
+    )  # fmt: skip
+    traces = _prepare_store(store, plan, draws)
+    if traces.failed and on_divergence == "raise":
+        raise DivergenceError(_divergence_message(traces.failed, plan))
+    if traces.draws >= draws:
+        return traces
+    potential = posterior.bind(vectorize=vectorize, chunk_size=chunk_size)
+    run = _Run(plan, potential, traces, divergence_bound, on_divergence)
+    with torch.no_grad():
+        run.go(draws, progress)
+    if traces.failed:
+        warnings.warn(
+            f"chains {sorted(traces.failed)} diverged and were stopped; they are absent from every "
+            f"statistic. {traces.failed}",
+            FailedChainsWarning,
+            stacklevel=2,
+        )
+    return traces
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What decides a draw: the identity of a run."""
+
+    posterior: LocalPosterior
+    sampler: Sampler
+    warmup: int
+    chains: int
+    thin: int
+    batch_size: int | None
+    seed: int
+    superchains: int
+    jitter: float
+    observed: dict[str, np.ndarray]
+    measurements: dict[str, dict[str, Measurement]]
+
+    @classmethod
+    def make(
+        cls,
+        posterior: LocalPosterior,
+        sampler: Sampler,
+        draws: int,
+        warmup: int,
+        chains: int,
+        thin: int,
+        batch_size: int | None,
+        seed: int,
+        superchains: int | None,
+        jitter: float,
+        observe: Mapping[str, Sequence[Any] | None] | None,
+        measurements: Sequence[str] | Mapping[str, Measurement],
+    ) -> _Plan:
+        least = (
+            ("draws", draws, 1),
+            ("warmup", warmup, 0),
+            ("chains", chains, 1),
+            ("thin", thin, 1),
+        )
+        for name, value, low in least:
+            if value < low:
+                raise ValueError(f"{name} must be at least {low}; got {value}.")
+        groups = superchains or (4 if chains % 4 == 0 else chains)
+        if chains % groups:
+            raise ValueError(f"chains={chains} must be a multiple of superchains={groups}.")
+        if jitter > 0 and posterior.prior_precision == 0:
+            raise ValueError(
+                "starting points are spread by the prior's width 1/√(γ + nβ·wd), which is infinite "
+                "here: give the posterior gamma > 0, or start all chains at w0 with jitter=0."
+            )
+        named: dict[str, Measurement] = (
+            dict(measurements)
+            if isinstance(measurements, Mapping)
+            else {name: name for name in measurements}
+        )
+        task = posterior.task
+        observed = {}
+        for group in ("train", "query"):
+            ids = (observe or {}).get(group)
+            examples = task.examples(group)
+            observed[group] = np.arange(len(examples)) if ids is None else examples.positions(ids)
+            if not len(observed[group]):
+                raise ValueError(f"observe[{group!r}] is empty; None means all examples.")
+        unknown = set(observe or {}) - {"train", "query"}
+        if unknown:
+            raise ValueError(f"observe= knows 'train' and 'query'; got {sorted(unknown)}.")
+        if batch_size == task.n:
+            batch_size = None
+        BatchStream(seed, chains, task.n, batch_size)
+        return cls(
+            posterior, sampler, warmup, chains, thin, batch_size, seed, groups, float(jitter),
+            observed, {"train": {"loss": "loss"}, "query": {"loss": "loss", **named}},
+        )  # fmt: skip
+
+    def ids(self, group: str) -> np.ndarray:
+        return self.posterior.task.examples(group).ids[self.observed[group]]
+
+    def config(self) -> dict[str, Any]:
+        """Everything that decides a draw, JSON-able."""
+        kernel = type(self.sampler).__name__
+        settings = {k: v for k, v in asdict(self.sampler).items() if not isinstance(v, Tensor)}  # type: ignore[call-overload]
+        return {
+            "task": self.posterior.task.fingerprint(),
+            "posterior": self.posterior.config(),
+            "sampler": {"kernel": kernel, **settings},
+            "warmup": self.warmup,
+            "chains": self.chains,
+            "thin": self.thin,
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "superchains": self.superchains,
+            "jitter": self.jitter,
+            "observed": {g: _digest(self.ids(g)) for g in self.observed},
+            "measurements": {
+                g: {k: v if isinstance(v, str) else _function_name(v) for k, v in m.items()}
+                for g, m in self.measurements.items()
+            },
+        }
+
+
+def _digest(ids: np.ndarray) -> str:
+    digest = hashlib.sha256("\x1f".join(map(str, ids.tolist())).encode()).hexdigest()[:16]
+    return f"{len(ids)} examples, {digest}"
+
+
+def _function_name(function: Any) -> str:
+    return f"{function.__module__}.{function.__qualname__}"
+
+
+def _prepare_store(
+    store: str | os.PathLike[str] | TraceStore | None, plan: _Plan, draws: int
+) -> TraceStore:
+    config = plan.config()
+    if store is not None and not isinstance(store, TraceStore) and os.path.exists(store):
+        store = TraceStore.open(store)
+    if isinstance(store, TraceStore):
+        store.check_identity(config)
+        store.grow(draws)
+        return store
+    names = {group: list(m) for group, m in plan.measurements.items()}
+    ids = {group: plan.ids(group) for group in plan.observed}
+    return TraceStore.create(store, config, ids, names, draws)
+
+
+class _Run:
+    """One call of :func:`sample`: owns the mutable state of the chains."""
+
+    def __init__(
+        self,
+        plan: _Plan,
+        potential: Potential,
+        traces: TraceStore,
+        bound: float | None,
+        on_divergence: Literal["raise", "drop"],
+    ) -> None:
+        self.plan, self.potential, self.traces = plan, potential, traces
+        self.drop = on_divergence == "drop"
+        task = plan.posterior.task
+        self.rng = ChainGenerators(plan.seed, plan.chains, task.device)
+        self.stream = BatchStream(plan.seed, plan.chains, task.n, plan.batch_size)
+        self.failed: dict[int, str] = dict(traces.failed)
+        self.step = 0
+        self.state: State = {}
+        self.bound = self._default_bound() if bound is None else bound
+        self.full_train = len(plan.observed["train"]) == task.n
+
+    def _default_bound(self) -> float:
+        p = self.plan.posterior
+        start = float(self._observe(self.potential.center[None])["train/loss"].mean())
+        spread = p.task.dimension / (2 * p.n_beta) if p.n_beta else float("inf")
+        return start + 10 * (1 + spread)
+
+    # ------------------------------------------------------------------ the run
+
+    def go(self, draws: int, progress: bool) -> None:
+        if self.traces.payload:
+            self._restore(self.traces.payload)
+        else:
+            self._start()
+        total = self.plan.warmup + draws * self.plan.thin
+        bar = tqdm(total=total, initial=self.step, disable=not progress, desc="sample", leave=False)
+        with bar:
+            if self.step < self.plan.warmup:
+                self._warm_up(bar)
+            buffer = _Buffer(self.plan.chains)
+            means: list[np.ndarray] = []
+            while self.traces.draws + len(buffer) < draws:
+                self._advance(self.plan.thin, bar)
+                record = self._record()
+                buffer.add(record)
+                means.append(record["train/loss"].mean(1))
+                if buffer.full(self.traces) or self.traces.draws + len(buffer) == draws:
+                    self._commit(buffer)
+                    bar.set_postfix_str(_summary(np.stack(means, axis=1)), refresh=False)
+
+    def _start(self) -> None:
+        plan = self.plan
+        precision = plan.posterior.prior_precision
+        scale = plan.jitter / precision**0.5 if plan.jitter else 0.0
+        start = starting_points(
+            self.potential.center, plan.chains, plan.superchains, scale, plan.seed
+        )
+        self.state = plan.sampler.init(start, self.rng)
+
+    def _warm_up(self, bar: tqdm[Any]) -> None:
+        block = 50
+        while self.step < self.plan.warmup:
+            self._advance(min(block, self.plan.warmup - self.step), bar)
+            bad = ~torch.isfinite(self.state["position"]).all(dim=1).cpu().numpy()
+            self._stop_chains(bad, "its weights are not finite")
+        self.state = self.plan.sampler.freeze(self.state)
+        self._commit(_Buffer(self.plan.chains))
+
+    def _advance(self, steps: int, bar: tqdm[Any]) -> None:
+        if self.step == 0 and self.plan.warmup == 0:
+            self.state = self.plan.sampler.freeze(self.state)
+        for _ in range(steps):
+            batch = self.stream.at(self.step)
+            self.state, _info = self.plan.sampler.step(self.state, self.potential, batch, self.rng)
+            self.step += 1
+        bar.update(steps)
+
+    # ------------------------------------------------------------------ observing
+
+    def _observe(self, position: Tensor) -> dict[str, np.ndarray]:
+        out: dict[str, np.ndarray] = {}
+        for group, wanted in self.plan.measurements.items():
+            examples = self.plan.posterior.task.examples(group)
+            where = torch.from_numpy(self.plan.observed[group])
+            functions = list(wanted.values())
+            parts = [
+                self.potential.functions.observe(position, examples.batch(index), functions)
+                for index in where.split(self.potential.chunk)
+            ]
+            for k, name in enumerate(wanted):
+                joined = torch.cat([part[k] for part in parts], dim=1)
+                out[f"{group}/{name}"] = joined.float().cpu().numpy()
+        return out
+
+    def _record(self) -> dict[str, np.ndarray]:
+        position = self.state["position"]
+        values = self._observe(position)
+        loss = values["train/loss"].mean(1, dtype=np.float64)
+        lost = ~torch.isfinite(position).all(dim=1).cpu().numpy()
+        self._stop_chains(lost, "its weights are not finite")
+        for name, array in values.items():
+            self._stop_chains(~np.isfinite(array).all(axis=1), self._blame(name, array))
+        with np.errstate(invalid="ignore"):
+            self._stop_chains(
+                loss > self.bound, f"its mean loss exceeded the bound {self.bound:.4g}"
+            )
+        delta = position - self.potential.center
+        stats = {
+            "lp": self._lp(position, loss),
+            "step_size": np.full(self.plan.chains, self.plan.sampler.step_size),
+            "distance": delta.norm(dim=1).double().cpu().numpy(),
+        }
+        dead = np.array([c in self.failed for c in range(self.plan.chains)])
+        for name, array in {**values, **stats}.items():
+            array[dead] = np.nan
+            values[name if "/" in name else f"sample_stats/{name}"] = array
+        values["sample_stats/diverging"] = dead
+        return values
+
+    def _blame(self, name: str, array: np.ndarray) -> str:
+        """Name the first example whose value is not finite."""
+        columns = np.flatnonzero(~np.isfinite(array).all(axis=0))
+        if not len(columns):
+            return ""
+        group = name.split("/")[0]
+        return f"{name} of example {self.plan.ids(group)[columns[0]]!r} is not finite"
+
+    def _lp(self, position: Tensor, loss: np.ndarray) -> np.ndarray:
+        """Log density, up to a constant; NaN where only a part of the train set is observed."""
+        if not self.full_train:
+            return np.full(self.plan.chains, np.nan)
+        mean = torch.from_numpy(loss).to(position)
+        return -self.potential.value_of_loss(position, mean).double().cpu().numpy()
+
+    # ------------------------------------------------------------------ failure
+
+    def _stop_chains(self, bad: np.ndarray, why: str) -> None:
+        new = [c for c in np.flatnonzero(bad).tolist() if c not in self.failed]
+        for c in new:
+            self.failed[c] = f"{why} at step {self.step}"
+            self.state["position"][c] = self.potential.center  # keep the others' arithmetic finite
+        if not new:
+            return
+        if not self.drop or len(self.failed) == self.plan.chains:
+            self.traces.append({}, self.traces.payload or b"", self._facts())
+            raise DivergenceError(_divergence_message(self.failed, self.plan))
+
+    # ------------------------------------------------------------------ commit and resume
+
+    def _commit(self, buffer: _Buffer) -> None:
+        self.traces.append(buffer.take(), self._payload(), self._facts())
+
+    def _facts(self) -> dict[str, Any]:
+        return {"failed": {str(c): why for c, why in self.failed.items()}}
+
+    def _payload(self) -> bytes:
+        file = io.BytesIO()
+        torch.save({"step": self.step, "state": self.state, "rng": self.rng.get_state()}, file)
+        return file.getvalue()
+
+    def _restore(self, payload: bytes) -> None:
+        saved = torch.load(
+            io.BytesIO(payload), weights_only=True, map_location=self.potential.center.device
+        )
+        self.step, self.state = int(saved["step"]), saved["state"]
+        self.rng.set_state(saved["rng"])
+        expected = self.plan.warmup + self.traces.draws * self.plan.thin
+        if self.step != expected:
+            raise StoreError(f"the commit is at step {self.step}, its draws end at {expected}.")
+
+
+class _Buffer:
+    """Draws that are not written yet."""
+
+    def __init__(self, chains: int) -> None:
+        self.records: list[dict[str, np.ndarray]] = []
+        self.since = time.monotonic()
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def add(self, record: dict[str, np.ndarray]) -> None:
+        self.records.append(record)
+
+    def full(self, traces: TraceStore) -> bool:
+        """Whether a chunk is complete, or the last commit is long ago."""
+        whole = (traces.draws + len(self.records)) % traces.chunk_draws == 0
+        return whole or time.monotonic() - self.since > _COMMIT_SECONDS
+
+    def take(self) -> dict[str, np.ndarray]:
+        records, self.records = self.records, []
+        self.since = time.monotonic()
+        names = records[0] if records else {}
+        return {name: np.stack([r[name] for r in records], axis=1) for name in names if "/" in name}
+
+
+def _summary(means: np.ndarray) -> str:
+    if means.shape[1] < 8:
+        return f"loss {np.nanmean(means):.4g}"
+    return f"loss {np.nanmean(means):.4g}, R-hat {rhat_of_means(means):.3f}"
+
+
+def _divergence_message(failed: Mapping[int, str], plan: _Plan) -> str:
+    rows = "\n".join(f"  chain {c}: {why}" for c, why in sorted(failed.items()))
+    p = plan.posterior
+    return (
+        f"{len(failed)} of {plan.chains} chains diverged:\n{rows}\nUsual causes: step_size "
+        f"({plan.sampler.step_size:g}) above 4 / (n_beta·λ_max + prior precision), with n_beta="
+        f"{p.n_beta:g} and prior precision {p.prior_precision:g}; starting points too far out "
+        f"(jitter={plan.jitter:g}); gamma too small to hold the chain. Lower the step size first. "
+        f"on_divergence='drop' keeps the healthy chains."
+    )

@@ -1,0 +1,410 @@
+"""Traces: one number per chain, draw and example, as an ``xarray.DataTree`` on Zarr.
+
+Layout of a store (Zarr v3, float32, whole chunks of one chain × ``chunk_draws`` draws × a block of
+examples, written by region):
+
+* groups ``train`` and ``query``: a variable per measurement, dims ``(chain, draw, train)`` or
+  ``(chain, draw, query)``, with ids as coordinates;
+* group ``sample_stats``: ``lp``, ``step_size``, ``diverging``, ``distance``, ``(chain, draw)``;
+* root attributes: the configuration, its identity hash, versions.
+
+**Identity** is everything that decides what a draw is: task, checkpoint, posterior, sampler, seed,
+batching, warm-up, thinning, observed examples; not how many draws there are. Opening a store for
+writing with another identity is refused, with both values shown. **Commit**: one file, replaced
+atomically, holds the number of draws that count and the sampler's state; whatever lies beyond it is
+overwritten when sampling goes on. Nothing here knows of torch: the state is bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+import zarr
+from zarr.storage import MemoryStore
+
+__all__ = ["FailedChainsWarning", "StoreError", "TraceStore", "open_traces"]
+
+_CHUNK_VALUES = 1 << 18
+_STATS = {"lp": "float64", "step_size": "float64", "diverging": "bool", "distance": "float64"}
+
+
+class StoreError(RuntimeError):
+    """A store that does not fit the request, or that could not be written."""
+
+
+class FailedChainsWarning(UserWarning):
+    """Chains diverged and are absent from what was asked for."""
+
+
+class TraceStore:
+    """A store of traces on disk or in memory; made by :func:`bayesinf.sample`.
+
+    Parameters
+    ----------
+    path
+        Directory of a Zarr group (by custom ``*.zarr``), or None for memory.
+
+    Attributes
+    ----------
+    config : dict
+        Everything that identifies the draws.
+    draws : int
+        Number of committed draws per chain.
+    chains : int
+        Number of chains, failed ones included.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None, root: zarr.Group, store: Any) -> None:
+        self.path = None if path is None else Path(path)
+        self._root: Any = root  # Zarr's static types do not follow paths into groups
+        self._store = store
+        self.config: dict[str, Any] = {**self._root.attrs["config"]}
+        self._memory: tuple[dict[str, Any], bytes] | None = None
+        self.draws = 0
+        self._payload: bytes | None = None
+        self._read_commit()
+
+    # ------------------------------------------------------------------ making and opening
+
+    @classmethod
+    def create(
+        cls,
+        path: str | os.PathLike[str] | None,
+        config: Mapping[str, Any],
+        ids: Mapping[str, np.ndarray],
+        measurements: Mapping[str, list[str]],
+        draws: int,
+    ) -> TraceStore:
+        """Make an empty store; ``ids`` and ``measurements`` are by group."""
+        store = MemoryStore() if path is None else Path(path)
+        root = zarr.open_group(store, mode="w", zarr_format=3)
+        chains = int(config["chains"])
+        widest = max(len(v) for v in ids.values())
+        chunk = max(1, min(100, _CHUNK_VALUES // max(widest, 1)))
+        for group, labels in ids.items():
+            g = root.create_group(group)
+            _coordinate(g, group, labels)
+            _chain_draw(g, chains, draws)
+            for name in measurements[group]:
+                g.create_array(
+                    name,
+                    shape=(chains, draws, len(labels)),
+                    chunks=(1, chunk, max(1, min(len(labels), 4 * _CHUNK_VALUES))),
+                    dtype="float32",
+                    fill_value=float("nan"),
+                    dimension_names=["chain", "draw", group],
+                )
+        stats = root.create_group("sample_stats")
+        _chain_draw(stats, chains, draws)
+        for name, kind in _STATS.items():
+            fill: Any = False if kind == "bool" else float("nan")
+            stats.create_array(
+                name,
+                shape=(chains, draws),
+                chunks=(1, chunk),
+                dtype=kind,
+                fill_value=fill,
+                dimension_names=["chain", "draw"],
+            )
+        root.attrs.update({"config": dict(config), "identity": identity(config), **_versions()})
+        return cls(path, root, store)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> TraceStore:
+        """Open a store that exists.
+
+        Raises
+        ------
+        StoreError
+            If there is no store at ``path``, or it holds something else.
+        """
+        try:
+            root = zarr.open_group(Path(path), mode="r+")
+        except (FileNotFoundError, zarr.errors.GroupNotFoundError) as error:
+            raise StoreError(
+                f"there is no trace store at {os.fspath(path)!r}. Make one with "
+                f"bayesinf.sample(..., store={os.fspath(path)!r})."
+            ) from error
+        if "config" not in root.attrs or "sample_stats" not in root:
+            raise StoreError(
+                f"{os.fspath(path)!r} is a Zarr group but holds no traces of bayesinf.sample; "
+                f"give sample() another path, it never overwrites what it did not write."
+            )
+        return cls(path, root, Path(path))
+
+    def check_identity(self, config: Mapping[str, Any]) -> None:
+        """Raise :class:`StoreError` where ``config`` differs, showing both values."""
+        if identity(config) == self._root.attrs["identity"]:
+            return
+        mine, theirs = _flatten(self.config), _flatten(json.loads(json.dumps(config)))
+        rows = [
+            f"  {key}: store has {mine.get(key)!r}, asked for {theirs.get(key)!r}"
+            for key in sorted(mine.keys() | theirs.keys())
+            if mine.get(key) != theirs.get(key)
+        ]
+        where = "in memory" if self.path is None else f"at {os.fspath(self.path)!r}"
+        raise StoreError(
+            f"the store {where} was made with other settings, and draws of two settings do not "
+            f"mix:\n" + "\n".join(rows) + "\nUse these settings, or another store."
+        )
+
+    # ------------------------------------------------------------------ writing
+
+    @property
+    def capacity(self) -> int:
+        """Allocated draws."""
+        return int(self._root["sample_stats/lp"].shape[1])
+
+    @property
+    def chunk_draws(self) -> int:
+        """Draws of one chunk: what a writer should collect before it writes."""
+        return int(self._root["sample_stats/lp"].chunks[1])
+
+    def grow(self, draws: int) -> None:
+        """Make room for ``draws`` draws in all."""
+        for _, array in self._arrays():
+            names = array.metadata.dimension_names or ()
+            if "draw" in names and array.shape[names.index("draw")] < draws:
+                shape = [
+                    draws if n == "draw" else s for n, s in zip(names, array.shape, strict=True)
+                ]
+                array.resize(tuple(shape))
+                if names == ("draw",):
+                    array[:] = np.arange(draws)
+
+    def append(
+        self, values: Mapping[str, np.ndarray], payload: bytes, extra: Mapping[str, Any]
+    ) -> None:
+        """Write draws after the committed ones, then commit them.
+
+        Parameters
+        ----------
+        values
+            By ``"group/variable"``: arrays ``(chain, new draws, …)``.
+        payload
+            The sampler's state after the last of these draws.
+        extra
+            JSON-able facts kept in the commit, such as which chains failed.
+
+        Raises
+        ------
+        StoreError
+            If the disk refuses (full, read-only): the committed draws stay as they are.
+        """
+        count = {v.shape[1] for v in values.values()} or {0}
+        (k,) = count
+        try:
+            for name, array in values.items():
+                self._root[name][:, self.draws : self.draws + k] = array
+            self._commit(self.draws + k, payload, extra)
+        except OSError as error:
+            raise StoreError(
+                f"writing draws {self.draws}–{self.draws + k - 1} to {self.path} failed: {error}. "
+                f"The {self.draws} draws before them are committed and intact; free space (or mend "
+                f"the disk) and call sample() again with the same arguments to go on."
+            ) from error
+
+    def _commit(self, draws: int, payload: bytes, extra: Mapping[str, Any]) -> None:
+        header = {"draws_written": draws, **extra}
+        if self.path is None:
+            self._memory = (header, payload)
+        else:
+            target = self._commit_path()
+            temporary = target.with_suffix(".partial")
+            with open(temporary, "wb") as file:
+                file.write(json.dumps(header).encode() + b"\n" + payload)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        self._read_commit()
+
+    def _commit_path(self) -> Path:
+        # Inside an array's folder, which Zarr readers never list.
+        assert self.path is not None
+        return self.path / "sample_stats" / "lp" / "commit"
+
+    def _read_commit(self) -> None:
+        if self.path is not None and self._commit_path().exists():
+            line, _, payload = self._commit_path().read_bytes().partition(b"\n")
+            self._memory = (json.loads(line), payload)
+        if self._memory is not None:
+            header, self._payload = self._memory
+            self.draws = int(header["draws_written"])
+
+    @property
+    def payload(self) -> bytes | None:
+        """The sampler's state at the last commit, or None before the first."""
+        return self._payload
+
+    @property
+    def commit_facts(self) -> dict[str, Any]:
+        """What the last commit says."""
+        return dict(self._memory[0]) if self._memory else {"draws_written": 0}
+
+    # ------------------------------------------------------------------ reading
+
+    @property
+    def chains(self) -> int:
+        """Number of chains, failed ones included."""
+        return int(self.config["chains"])
+
+    @property
+    def failed(self) -> dict[int, str]:
+        """Failed chains and why."""
+        return {int(c): why for c, why in self.commit_facts.get("failed", {}).items()}
+
+    @property
+    def healthy(self) -> list[int]:
+        """Chains that did not fail."""
+        return [c for c in range(self.chains) if c not in self.failed]
+
+    @property
+    def superchains(self) -> np.ndarray:
+        """Superchain of each healthy chain."""
+        per = self.chains // int(self.config["superchains"])
+        return np.asarray(self.healthy) // per
+
+    @property
+    def tree(self) -> xr.DataTree:
+        """All committed draws, failed chains included, read lazily."""
+        tree = xr.open_datatree(
+            self._store,
+            engine="zarr",
+            consolidated=False,
+        )
+        cut = {name: node.to_dataset().isel(draw=slice(self.draws)) for name, node in tree.items()}
+        out = xr.DataTree.from_dict(cut)
+        out.attrs = dict(tree.attrs)
+        return out
+
+    def values(self, group: str, measurement: str = "loss") -> xr.DataArray:
+        """Draws of the healthy chains, ``(chain, draw, example)``.
+
+        Raises
+        ------
+        KeyError
+            If the group or the measurement was not recorded.
+        StoreError
+            If no draw is committed or every chain failed.
+
+        Warns
+        -----
+        FailedChainsWarning
+            Where chains failed, by number.
+        """
+        if group not in self._root or measurement not in self._root[group]:
+            have = {g: sorted(v) for g, v in self.config["measurements"].items()}
+            raise KeyError(
+                f"{measurement!r} of {group!r} was not recorded; this store has {have}. Record it "
+                f"with sample(..., measurements=[…], observe=…)."
+            )
+        if not self.draws or not self.healthy:
+            raise StoreError(
+                "the store holds no draw yet." if self.healthy else "every chain failed."
+            )
+        if self.failed:
+            warnings.warn(
+                f"chains {sorted(self.failed)} diverged and are left out; {len(self.healthy)} of "
+                f"{self.chains} chains remain.",
+                FailedChainsWarning,
+                stacklevel=2,
+            )
+        array = self._root[group][measurement]
+        data = np.asarray(array[:, : self.draws])[self.healthy]
+        ids = self._root[group][group][:]
+        coords = {"chain": self.healthy, "draw": np.arange(self.draws), group: np.asarray(ids)}
+        return xr.DataArray(data, dims=("chain", "draw", group), coords=coords, name=measurement)
+
+    def to_arviz(self) -> xr.DataTree:
+        """Healthy chains in ArviZ's layout.
+
+        ``log_likelihood`` is ``−(nβ/n)·loss`` per train example, the log-likelihood of the tempered
+        posterior, so that ``Cov(φ, log_likelihood)`` is the influence. ArviZ's ``loo`` on it
+        estimates out-of-sample prediction only where ``n_beta == n``. ``posterior`` holds functions
+        of the weights (mean losses and the distance to the checkpoint), not the weights.
+        """
+        train, query = self.values("train"), self.values("query")
+        scale = self.config["posterior"]["n_beta"] / self.config["task"]["n"]
+        stats = self.tree["sample_stats"].to_dataset().isel(chain=self.healthy).load()
+        posterior = xr.Dataset(
+            {
+                "mean_train_loss": train.mean("train"),
+                "mean_query_loss": query.mean("query"),
+                "distance": stats["distance"],
+            }
+        )
+        groups = {
+            "posterior": posterior,
+            "log_likelihood": (-scale * train).rename("loss").to_dataset(),
+            "sample_stats": stats.drop_vars("distance"),
+        }
+        return xr.DataTree.from_dict(groups)
+
+    def _arrays(self) -> list[tuple[str, Any]]:
+        return [(k, v) for k, v in self._root.members(max_depth=2) if isinstance(v, zarr.Array)]
+
+    def __repr__(self) -> str:
+        where = "in memory" if self.path is None else os.fspath(self.path)
+        return f"<TraceStore {where}: {self.chains} chains × {self.draws} draws>"
+
+
+def open_traces(path: str | os.PathLike[str]) -> TraceStore:
+    """Open the traces that :func:`bayesinf.sample` stored at ``path``.
+
+    Parameters
+    ----------
+    path
+        The ``store=`` of that call.
+
+    Returns
+    -------
+    TraceStore
+        With all committed draws.
+
+    Raises
+    ------
+    StoreError
+        If there is no store at ``path``, or it holds something else.
+    """
+    return TraceStore.open(path)
+
+
+def identity(config: Mapping[str, Any]) -> str:
+    """Hash of a configuration."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _chain_draw(group: zarr.Group, chains: int, draws: int) -> None:
+    _coordinate(group, "chain", np.arange(chains))
+    _coordinate(group, "draw", np.arange(draws))
+
+
+def _coordinate(group: zarr.Group, name: str, labels: np.ndarray) -> None:
+    text = labels.dtype.kind in "UTO"
+    kind: Any = str if text else labels.dtype
+    array = group.create_array(name, shape=labels.shape, dtype=kind, dimension_names=[name])
+    array[:] = labels.astype(np.dtypes.StringDType()) if text else labels
+
+
+def _versions() -> dict[str, str]:
+    import bayesinf
+
+    return {"bayesinf_version": bayesinf.__version__, "zarr_version": zarr.__version__}
