@@ -1,1 +1,20 @@
 """Judging scores by real retrainings."""
+
+from bayesinf.evaluation._bank import open_bank, save_bank
+from bayesinf.evaluation._lds import lds, lds_difference, lds_table, noise_ceiling
+from bayesinf.evaluation._retraining import retrain, train_one
+from bayesinf.evaluation._subsets import random_subsets
+from bayesinf.evaluation._training import SGDRecipe
+
+__all__ = [
+    "SGDRecipe",
+    "lds",
+    "lds_difference",
+    "lds_table",
+    "noise_ceiling",
+    "open_bank",
+    "random_subsets",
+    "retrain",
+    "save_bank",
+    "train_one",
+]

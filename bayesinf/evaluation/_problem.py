@@ -1,0 +1,163 @@
+"""What a retraining run consists of, checked: data, masks, seeds, and the identity of its store."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from torch import nn
+
+from bayesinf._data import Examples
+from bayesinf._likelihoods import Likelihood
+from bayesinf.evaluation._training import SGDRecipe, initialise
+
+__all__ = ["ModelFactory", "Problem", "Row", "examples", "make_problem"]
+
+ModelFactory = Callable[[], nn.Module]
+
+Row = tuple[int, int]
+"""Positions of a subset and of a seed."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A checked retraining run.
+
+    ``mask`` is ``(M, n)``; ``names`` are the measurements that the likelihood has; ``model`` is an
+    untrained network to look at.
+    """
+
+    make_model: ModelFactory
+    likelihood: Likelihood
+    recipe: SGDRecipe
+    data: Examples
+    queries: Examples
+    mask: np.ndarray
+    seeds: tuple[int, ...]
+    names: tuple[str, ...]
+    model: nn.Module
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(M, R, Q)``."""
+        return len(self.mask), len(self.seeds), len(self.queries)
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that the outcomes depend on, as plain values."""
+        shapes = {name: list(p.shape) for name, p in self.model.named_parameters()}
+        described = str(self.model) + json.dumps(shapes)
+        return {
+            "recipe": self.recipe.as_dict(),
+            "likelihood": repr(self.likelihood),
+            "model": hashlib.sha256(described.encode()).hexdigest()[:16],
+            "dtype": str(next(self.model.parameters()).dtype),
+            "train": self.data.fingerprint(),
+            "query": self.queries.fingerprint(),
+            "n": len(self.data),
+            "subsets": hashlib.sha256(np.packbits(self.mask).tobytes()).hexdigest()[:16],
+            "subset_count": len(self.mask),
+            "seeds": list(self.seeds),
+            "measurements": list(self.names),
+        }
+
+    def label(self, values: dict[str, np.ndarray], subsets: xr.DataArray) -> xr.Dataset:
+        """Make a bank of the outcomes ``(M, R, Q)``."""
+        attrs: dict[str, Any] = {
+            key: json.dumps(value) if isinstance(value, (dict, list)) else value
+            for key, value in self.identity().items()
+        }
+        attrs["fraction"] = float(self.mask.mean())
+        if "seed" in subsets.attrs:
+            attrs["subset_seed"] = int(subsets.attrs["seed"])
+        for package in ("bayesinf", "torch", "numpy"):
+            try:
+                attrs[f"{package}_version"] = version(package)
+            except PackageNotFoundError:
+                continue
+        default = np.arange(len(self.mask))
+        return xr.Dataset(
+            {
+                **{name: (("subset", "seed", "query"), array) for name, array in values.items()},
+                "subset_mask": (("subset", "train"), self.mask),
+            },
+            coords={
+                "subset": subsets["subset"].values if "subset" in subsets.coords else default,
+                "seed": np.array(self.seeds, dtype=np.int64),
+                "query": self.queries.ids,
+                "train": self.data.ids,
+            },
+            attrs=attrs,
+        )
+
+
+def make_problem(
+    make_model: ModelFactory,
+    likelihood: Likelihood,
+    recipe: SGDRecipe,
+    *,
+    train: Any,
+    query: Any,
+    subsets: xr.DataArray,
+    seeds: Sequence[int],
+    measurements: Sequence[str],
+    query_ids: Sequence[Any] | np.ndarray | None,
+) -> Problem:
+    """Check the arguments of :func:`~bayesinf.evaluation.retrain`, which documents the errors."""
+    if (
+        subsets.dims != ("subset", "train")
+        or subsets.dtype != bool
+        or "train" not in subsets.coords
+    ):
+        raise ValueError(
+            f"subsets must be a boolean DataArray with dims ('subset', 'train') and train ids as "
+            f"coordinate; got {subsets.dtype} with dims {subsets.dims} and coordinates "
+            f"{[str(k) for k in subsets.coords]}. Make it with random_subsets(...)."
+        )
+    if not subsets.values.any(axis=1).all():
+        raise ValueError(
+            "a subset keeps no example, so there is nothing to train on. True means kept."
+        )
+    if len(seeds) == 0 or len({int(s) for s in seeds}) != len(seeds):
+        raise ValueError(f"seeds must be distinct integers, at least one; got {list(seeds)}.")
+    model = initialise(make_model, 0)
+    return Problem(
+        make_model=make_model,
+        likelihood=likelihood,
+        recipe=recipe,
+        data=examples(model, train, subsets["train"].values, "train"),
+        queries=examples(model, query, query_ids, "query"),
+        mask=subsets.values,
+        seeds=tuple(int(s) for s in seeds),
+        names=_supported(likelihood, measurements),
+        model=model,
+    )
+
+
+def examples(model: nn.Module, data: Any, ids: Any, name: str) -> Examples:
+    """Hold data on the device and in the precision of a model's first parameter."""
+    first = next(model.parameters())
+    held = Examples(data, None, name, first.device, first.dtype)
+    if ids is None:
+        return held
+    if len(ids) != len(held):
+        raise ValueError(
+            f"{name}= holds {len(held)} examples, but {len(ids)} {name} ids came with it (train "
+            f"ids are the coordinate `train` of subsets=). Both must describe the same set."
+        )
+    return Examples(data, ids, name, first.device, first.dtype)
+
+
+def _supported(likelihood: Likelihood, measurements: Sequence[str]) -> tuple[str, ...]:
+    for name in measurements:
+        if name != "margin" and getattr(likelihood, name, None) is None:
+            raise NotImplementedError(
+                f"{type(likelihood).__name__} has no method {name!r} to measure queries by; "
+                f"measurements=('loss',) always works."
+            )
+    return tuple(name for name in measurements if getattr(likelihood, name, None) is not None)
