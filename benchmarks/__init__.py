@@ -1,0 +1,1 @@
+"""Programs that judge the methods by real retrainings."""
