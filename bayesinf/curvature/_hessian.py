@@ -1,0 +1,115 @@
+r"""The exact Hessian of the mean loss, as a dense float64 matrix, for networks small enough.
+
+``C = (1/n) Σ_i ∇²ℓ_i`` in the order of :meth:`Task.flatten`, in blocks of rows: the gradient is
+differentiated once more in many directions at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+from torch.func import grad, vjp, vmap
+
+from bayesinf._data import Batch
+from bayesinf._task import Task
+from bayesinf.curvature._accounting import Costs
+from bayesinf.curvature._definite import (
+    cholesky,
+    not_definite,
+    require_memory,
+    smallest_eigenvalue,
+)
+from bayesinf.curvature._gauss_newton import DenseInverse
+
+__all__ = ["dense_hessian", "fit_hessian"]
+
+
+def dense_hessian(
+    task: Task, *, batch_size: int = 256, rows: int = 64, costs: Costs | None = None
+) -> Tensor:
+    """Hessian ``(d, d)`` of the mean training loss at the checkpoint.
+
+    Parameters
+    ----------
+    task
+        Its dtype is that of the result; convert it first for float64.
+    batch_size
+        Examples at a time.
+    rows
+        Rows at a time; memory grows with ``rows · batch_size``.
+    costs
+        Account to which passes are added: one backward pass an example and row.
+    """
+    flat = task.flatten(task.params)
+    d = len(flat)
+    matrix = flat.new_zeros(d, d)
+    for where, batch in task.train.batches(batch_size):
+        pull = _gradient_pullback(task, flat, batch)
+        for start in range(0, d, rows):
+            stop = min(start + rows, d)
+            basis = flat.new_zeros(stop - start, d)
+            basis[:, start:stop].fill_diagonal_(1)
+            matrix[start:stop] += pull(basis)
+        if costs is not None:
+            size = where.stop - where.start
+            costs.forward_examples += size
+            costs.backward_examples += size * (1 + d)
+    matrix /= task.n
+    return (matrix + matrix.T) / 2
+
+
+def fit_hessian(
+    task: Task,
+    damping: float,
+    *,
+    batch_size: int = 256,
+    memory_limit: float = 8.0,
+    costs: Costs | None = None,
+) -> DenseInverse:
+    """Build and factorise the damped Hessian.
+
+    Parameters
+    ----------
+    task
+        In float64.
+    damping
+        λ, in units of the mean loss, weight decay included.
+    batch_size
+        Examples at a time.
+    memory_limit
+        GiB.
+    costs
+        Account to which seconds and passes are added.
+
+    Returns
+    -------
+    DenseInverse
+
+    Raises
+    ------
+    ValueError
+        If memory would not suffice.
+    NotPositiveDefiniteError
+        If ``λ_min(C) + λ ≤ 0``, with the smallest damping that would do.
+    """
+    costs = costs if costs is not None else Costs()
+    what = f"hessian (d={task.dimension:,} parameters)"
+    gib = 4 * task.dimension**2 * 8 / 2**30
+    require_memory(gib, memory_limit, what, "Select fewer parameters, or use ekfac")
+    with costs.stage("curvature"):
+        matrix = dense_hessian(task, batch_size=batch_size, costs=costs)
+    with costs.stage("factorization"):
+        factor = cholesky(matrix, damping, "Hessian")
+        low = smallest_eigenvalue(factor)
+        if low <= 0:
+            raise not_definite(low, damping, "Hessian")
+        return DenseInverse(factor, low)
+
+
+def _gradient_pullback(task: Task, flat: Tensor, batch: Batch) -> Callable[[Tensor], Tensor]:
+    def total(w: Tensor) -> Tensor:
+        return task.losses(task.unflatten(w), batch).sum()
+
+    pull = vjp(grad(total), flat)[1]
+    return lambda basis: vmap(pull)(basis)[0]
