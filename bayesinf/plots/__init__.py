@@ -1,1 +1,5 @@
 """Figures; nothing imports this."""
+
+from bayesinf.plots._lds import plot_lds, plot_lds_time
+
+__all__ = ["plot_lds", "plot_lds_time"]
