@@ -203,9 +203,9 @@ def lds_table(
     Returns
     -------
     xr.Dataset
-        By ``method``: ``lds``, ``standard_error``, ``subset_error``, ``query_error``, ``lower``,
+        By ``scorer``, the name of the scores: ``lds``, ``standard_error``, ``subset_error``, ``query_error``, ``lower``,
         ``upper``, ``relative`` (LDS / ceiling; absent with a single seed), ``seconds`` (from
-        ``attrs["seconds"]``, summed over stages, NaN where unknown) and ``lds_query (method,
+        ``attrs["seconds"]``, summed over stages, NaN where unknown) and ``lds_query (scorer,
         query)``; scalar ``ceiling``.
 
     Raises
@@ -229,8 +229,8 @@ def lds_table(
         )
         for own in named.values()
     ]
-    table = xr.concat(rows, dim="method", combine_attrs="drop").assign_coords(method=names)
-    table["seconds"] = ("method", [_seconds(own) for own in named.values()])
+    table = xr.concat(rows, dim="scorer", combine_attrs="drop").assign_coords(scorer=names)
+    table["seconds"] = ("scorer", [_seconds(own) for own in named.values()])
     table.attrs = {key: value for key, value in rows[0].attrs.items() if key != "method"}
     if bank.sizes["seed"] > 1:
         table["ceiling"] = noise_ceiling(bank, measurement, query=query)["ceiling"]

@@ -34,7 +34,7 @@ def plot_lds(
     order
         ``"lds"``: by LDS; ``"table"``: as in the table, first on top.
     labels
-        Text for a method's name.
+        Text for a scorer's name.
 
     Returns
     -------
@@ -51,7 +51,7 @@ def plot_lds(
     _require(table, ("lds", "lower", "upper"))
     if order not in ("lds", "table"):
         raise ValueError(f"order must be 'lds' or 'table'; got {order!r}.")
-    names = [str(name) for name in table["method"].values]
+    names = [str(name) for name in table["scorer"].values]
     if order == "lds":
         places = np.argsort(np.argsort(table["lds"].values, kind="stable"), kind="stable")
     else:
@@ -79,12 +79,12 @@ def plot_lds_time(
     Parameters
     ----------
     table
-        From :func:`~bayesinf.evaluation.lds_table`, with ``seconds`` by method; methods whose
+        From :func:`~bayesinf.evaluation.lds_table`, with ``seconds`` by scorer; methods whose
         seconds are unknown are left out.
     ax
         Where to draw; a new figure by default.
     labels
-        Text for a method's name.
+        Text for a scorer's name.
 
     Returns
     -------
@@ -99,15 +99,15 @@ def plot_lds_time(
         If matplotlib is not installed.
     """
     _require(table, ("lds", "lower", "upper", "seconds"))
-    table = table.isel(method=np.isfinite(table["seconds"].values))
-    if not table.sizes["method"]:
+    table = table.isel(scorer=np.isfinite(table["seconds"].values))
+    if not table.sizes["scorer"]:
         raise ValueError(
             "no method of the table has its seconds; attrs['seconds'] of the scores sets them."
         )
     ax = ax if ax is not None else _new_axes((6.0, 4.0))
     seconds, score = table["seconds"].values, table["lds"].values
     ax.errorbar(seconds, score, yerr=_whiskers(table), **_points())
-    for name, x, y in zip(table["method"].values, seconds, score, strict=True):
+    for name, x, y in zip(table["scorer"].values, seconds, score, strict=True):
         text = (labels or {}).get(str(name), str(name))
         ax.annotate(text, (x, y), xytext=(6, 4), textcoords="offset points", fontsize="small")
     if "ceiling" in table:
@@ -122,9 +122,9 @@ def plot_lds_time(
 
 def _require(table: xr.Dataset, names: tuple[str, ...]) -> None:
     missing = [name for name in names if name not in table]
-    if missing or "method" not in table.dims:
+    if missing or "scorer" not in table.dims:
         raise ValueError(
-            f"an LDS table has the dim 'method' and the variables {list(names)}; this one has dims "
+            f"an LDS table has the dim 'scorer' and the variables {list(names)}; this one has dims "
             f"{[str(d) for d in table.dims]} and lacks {missing}. Make it with lds_table(...)."
         )
 
@@ -141,7 +141,7 @@ def _new_axes(size: tuple[float, float]) -> Axes:
 
 
 def _whiskers(table: xr.Dataset) -> np.ndarray:
-    """Distances ``(2, methods)`` from the LDS down to ``lower`` and up to ``upper``."""
+    """Distances ``(2, scorers)`` from the LDS down to ``lower`` and up to ``upper``."""
     low = table["lds"] - table["lower"]
     return np.stack([low.values, (table["upper"] - table["lds"]).values])
 
