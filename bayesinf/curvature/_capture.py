@@ -208,7 +208,7 @@ class Capture:
         with torch.enable_grad():
             losses = self.task.likelihood.loss(record.outputs, batch[1])
             weights = torch.linspace(0.5, 1.5, count, dtype=losses.dtype, device=losses.device)
-            weighted = (weights * losses).sum()
+            weighted, total = (weights * losses).sum(), losses.sum()
         if not weighted.requires_grad:
             raise ValueError(
                 "the loss does not depend on any selected parameter through autograd. Usual "
@@ -220,7 +220,7 @@ class Capture:
             name: torch.zeros_like(p) if g is None else g
             for (name, p), g in zip(self._params.items(), found, strict=True)
         }
-        ds = record.pull(losses.sum())
+        ds = record.pull(total)
         ids = self.task.train.ids[:count]
         for layer, a, d in zip(self.layers, record.inputs, ds, strict=True):
             truth = layer.pack(exact)
@@ -274,14 +274,15 @@ def require_finite(
     if a is not None:
         fine &= torch.isfinite(a).flatten(1).all(1)
     bad = (~fine).nonzero().flatten().tolist()
+    names = ids.tolist()
     if not bad:
         raise ValueError(
-            f"layer {name!r}: gradients of {split} examples {ids[0]!r} … {ids[-1]!r} are finite, "
+            f"layer {name!r}: gradients of {split} examples {names[0]!r} … {names[-1]!r} are finite, "
             f"but their products overflow {ds.dtype}. Use a float64 model: model.double()."
         )
     raise ValueError(
-        f"layer {name!r}: the gradient of {split} example {ids[bad[0]]!r} is NaN or infinite "
-        f"({len(bad)} of {len(ids)} examples in this batch). Look at that example's input and "
+        f"layer {name!r}: the gradient of {split} example {names[bad[0]]!r} is NaN or infinite "
+        f"({len(bad)} of {len(names)} examples in this batch). Look at that example's input and "
         f"loss; usual causes: division by zero, sqrt or log at 0, overflow in the model."
     )
 
