@@ -3,10 +3,9 @@
 Shapes: positions ``(C, d)``, one row per chain; a shared batch has leaves ``(B, …)`` and is seen
 by all chains, a batch of its own per chain has leaves ``(C, B, …)``.
 
-Vectorised, the computation over all chains is recorded once per shape as a flat list of tensor
-operations (``make_fx`` over ``torch.func.vmap``) and replayed from then on, without the cost of
-the transforms. The first replay is compared with the looped computation; a network that cannot be
-traced, or whose trace disagrees, is looped, with a warning that says why.
+Vectorised, the computation over all chains is recorded once per shape and replayed from then on
+(:mod:`bayesinf._tracing`). The first replay is compared with the looped computation; a network that
+cannot be traced, or whose trace disagrees, is looped, with a warning that says why.
 """
 
 from __future__ import annotations
@@ -17,12 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import grad_and_value, vmap
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.func import grad_and_value
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from bayesinf._data import Batch
 from bayesinf._task import Measurement, Task
+from bayesinf._tracing import record
 
 __all__ = ["ChainFunctions", "VectorizationWarning"]
 
@@ -92,7 +91,12 @@ class ChainFunctions:
         key = (key, shared, position.shape, *((leaf.shape, leaf.dtype) for leaf in leaves))
         if key not in self._traces:
             try:
-                self._traces[key] = _trace(one, position, leaves, spec, shared)
+                dims = (0, *([None if shared else 0] * len(leaves)))
+
+                def flat(w: Tensor, *leaves: Tensor) -> list[Tensor]:
+                    return one(w, tree_unflatten(list(leaves), spec))
+
+                self._traces[key] = record(flat, dims, position, *leaves)
                 self._compare(key, one, position, batch, leaves, shared)
             except Exception as error:
                 if self._forced:
@@ -138,23 +142,6 @@ class ChainFunctions:
 
 def _spec(batch: Batch) -> Any:
     return tree_flatten(batch)[1]
-
-
-def _trace(
-    one: Callable[[Tensor, Batch], list[Tensor]],
-    position: Tensor,
-    leaves: list[Tensor],
-    spec: Any,
-    shared: bool,
-) -> Callable[..., list[Tensor]]:
-    def flat(w: Tensor, *leaves: Tensor) -> list[Tensor]:
-        return one(w, tree_unflatten(list(leaves), spec))
-
-    in_dims = (0, *([None if shared else 0] * len(leaves)))
-    graph = make_fx(vmap(flat, in_dims=in_dims))(position, *leaves)
-    graph.graph.eliminate_dead_code()
-    graph.recompile()
-    return graph
 
 
 def _loop(

@@ -115,8 +115,12 @@ class Categorical:
             )
 
     def loss(self, outputs: Tensor, target: Tensor) -> Tensor:
-        """Per-example cross-entropy ``(B,)``, summed over positions."""
-        return _per_example(F.cross_entropy(outputs, target, reduction="none"))
+        """Per-example cross-entropy ``(B,)``, summed over positions.
+
+        Written as ``log Σ_c exp(f_c − f_y)``, which keeps the relative precision of small losses.
+        """
+        label = outputs.gather(1, target.unsqueeze(1))
+        return _per_example((outputs - label).logsumexp(1))
 
     def margin(self, outputs: Tensor, target: Tensor) -> Tensor:
         """Log-odds of the label, ``log p/(1−p)``, summed over positions (TRAK, Park 2023)."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from bayesinf._diagnostics import rhat_of_means
+from bayesinf._gradients import ChainFunctions
 from bayesinf._posterior import LocalPosterior, Potential
 from bayesinf._rng import BatchStream, ChainGenerators, starting_points
 from bayesinf._task import Measurement
@@ -286,6 +287,7 @@ class _Run:
         on_divergence: Literal["raise", "drop"],
     ) -> None:
         self.plan, self.potential, self.traces = plan, potential, traces
+        self.functions = potential.functions
         self.drop = on_divergence == "drop"
         task = plan.posterior.task
         self.rng = ChainGenerators(plan.seed, plan.chains, task.device)
@@ -298,7 +300,7 @@ class _Run:
 
     def _default_bound(self) -> float:
         p = self.plan.posterior
-        start = float(self._observe(self.potential.center[None])["train/loss"].mean())
+        start = float(self._observe(self.potential.center[None], once=True)["train/loss"].mean())
         spread = p.task.dimension / (2 * p.n_beta) if p.n_beta else float("inf")
         return start + 10 * (1 + spread)
 
@@ -354,14 +356,14 @@ class _Run:
 
     # ------------------------------------------------------------------ observing
 
-    def _observe(self, position: Tensor) -> dict[str, np.ndarray]:
+    def _observe(self, position: Tensor, *, once: bool = False) -> dict[str, np.ndarray]:
+        functions = ChainFunctions(self.plan.posterior.task, False) if once else self.functions
         out: dict[str, np.ndarray] = {}
         for group, wanted in self.plan.measurements.items():
             examples = self.plan.posterior.task.examples(group)
             where = torch.from_numpy(self.plan.observed[group])
-            functions = list(wanted.values())
             parts = [
-                self.potential.functions.observe(position, examples.batch(index), functions)
+                functions.observe(position, examples.batch(index), list(wanted.values()))
                 for index in where.split(self.potential.chunk)
             ]
             for k, name in enumerate(wanted):

@@ -62,11 +62,11 @@ class TraceStore:
         Number of chains, failed ones included.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None, root: zarr.Group, store: Any) -> None:
+    def __init__(self, path: str | os.PathLike[str] | None, root: Any, store: Any) -> None:
         self.path = None if path is None else Path(path)
-        self._root: Any = root  # Zarr's static types do not follow paths into groups
+        self._root = root  # a zarr.Group, whose static types do not follow paths into groups
         self._store = store
-        self.config: dict[str, Any] = {**self._root.attrs["config"]}
+        self.config: dict[str, Any] = self._root.attrs["config"]
         self._memory: tuple[dict[str, Any], bytes] | None = None
         self.draws = 0
         self._payload: bytes | None = None

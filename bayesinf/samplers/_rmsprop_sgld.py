@@ -22,8 +22,8 @@ class RMSpropSGLD:
     During warm-up ``V ← α V + (1−α) g²``, where ``g`` is the plain minibatch gradient of the
     **mean** loss, and ``V̂ = V/(1−αᵗ)``. Sampling uses the last ``G``, frozen: a preconditioner that
     keeps adapting needs a divergence term, and without it inflates the stationary variance,
-    measured up to 1.9 times. With ``G`` constant the stationary law is that of SGLD in the scaled coordinates:
-    covariance ``G^{1/2} Ã⁻¹(I − εÃ/4)⁻¹ G^{1/2}``, ``Ã = G^{1/2} A G^{1/2}``.
+    measured up to 1.9 times. With ``G`` constant the stationary law is that of SGLD in the scaled
+    coordinates: covariance ``G^{1/2} Ã⁻¹(I − εÃ/4)⁻¹ G^{1/2}``, ``Ã = G^{1/2} A G^{1/2}``.
 
     Parameters
     ----------
