@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import xarray as xr
+import zarr
 from zarr.codecs import BloscCodec
 
 __all__ = ["open_bank", "save_bank"]
@@ -71,14 +72,18 @@ def open_bank(path: str | os.PathLike[str]) -> xr.Dataset:
     """
     if not Path(path).is_dir():
         raise FileNotFoundError(f"there is no bank at {path}: retrain(...) and save_bank(...) it.")
-    bank = xr.open_zarr(path, consolidated=False).load()
-    if "subset_mask" not in bank:
+    try:
+        is_bank = "subset_mask" in zarr.open_group(path, mode="r", use_consolidated=False)
+    except FileNotFoundError:
+        is_bank = False
+    if not is_bank:
         raise ValueError(
             f"{path} is not a bank: it has no `subset_mask`. A store= of retrain() becomes one by "
             f"calling retrain() again with the same arguments and save_bank() on what it returns."
         )
+    bank = xr.open_zarr(path, consolidated=False).load()
     text = {
-        name: np.asarray(bank[name].values, dtype=str)
+        name: np.array(bank[name].values.tolist(), dtype=str)
         for name in bank.coords
         if bank[name].dtype.kind in "OT"
     }

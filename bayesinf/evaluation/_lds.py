@@ -203,10 +203,10 @@ def lds_table(
     Returns
     -------
     xr.Dataset
-        By ``scorer``, the name of the scores: ``lds``, ``standard_error``, ``subset_error``, ``query_error``, ``lower``,
-        ``upper``, ``relative`` (LDS / ceiling; absent with a single seed), ``seconds`` (from
-        ``attrs["seconds"]``, summed over stages, NaN where unknown) and ``lds_query (scorer,
-        query)``; scalar ``ceiling``.
+        By ``scorer``, the name of the scores: ``lds``, ``standard_error``, ``subset_error``,
+        ``query_error``, ``lower``, ``upper``, ``relative`` (LDS / ceiling; absent with a single
+        seed), ``seconds`` (from ``attrs["seconds"]``, summed over stages, NaN where unknown) and
+        ``lds_query (scorer, query)``; scalar ``ceiling``.
 
     Raises
     ------

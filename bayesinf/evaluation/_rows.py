@@ -18,6 +18,7 @@ import zarr
 __all__ = ["MemoryRows", "ZarrRows", "open_rows"]
 
 FORMAT = "bayesinf-retraining-1"
+DIMS = ("subset", "seed", "query")
 
 
 class MemoryRows:
@@ -91,9 +92,21 @@ def open_rows(
     group = zarr.create_group(draft, zarr_format=3, overwrite=True)
     for name in measurements:
         group.create_array(
-            name, shape=shape, chunks=(1, 1, shape[2]), dtype="float32", fill_value=np.nan
+            name,
+            shape=shape,
+            chunks=(1, 1, shape[2]),
+            dtype="float32",
+            fill_value=np.nan,
+            dimension_names=DIMS,
         )
-    group.create_array("done", shape=shape[:2], chunks=(1, 1), dtype="uint8", fill_value=0)
+    group.create_array(
+        "done",
+        shape=shape[:2],
+        chunks=(1, 1),
+        dtype="uint8",
+        fill_value=0,
+        dimension_names=DIMS[:2],
+    )
     group.attrs.update({"format": FORMAT, "identity": identity})
     if root.exists():
         root.rmdir()

@@ -24,7 +24,7 @@ N, M, R, Q = 40, 60, 4, 25
 
 
 def make_bank(effects: np.ndarray, noise: float = 0.0, seed: int = 0) -> xr.Dataset:
-    """A bank whose losses are ``Σ_{i kept} effects[q, i]`` plus seed noise; margins its negative."""
+    """Losses ``Σ_{i kept} effects[q, i]`` plus seed noise, and margins of minus that."""
     subsets = random_subsets(N, count=M, seed=seed)
     rng = np.random.default_rng(seed)
     loss = subsets.values @ effects.T
@@ -234,7 +234,7 @@ def test_constant_predictions_are_named_or_counted_as_zero(effects: np.ndarray) 
     bank = make_bank(effects)
     influence = effects.copy()
     influence[3] = 0.1  # the same sum for every subset of one size, up to rounding
-    with pytest.raises(ValueError, match="1 of 25 queries is the same for every subset.*103"):
+    with pytest.raises(ValueError, match=r"1 of 25 queries is the same for every subset.*103"):
         lds(make(influence), bank)
     result = lds(make(influence), bank, constant="zero")
     assert float(result["lds_query"][3]) == 0

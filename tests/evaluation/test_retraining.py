@@ -1,0 +1,291 @@
+"""Training by the recipe, against PyTorch's own optimiser, looped and vectorised."""
+
+import json
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from torch import Tensor, nn
+
+import bayesinf as bi
+from bayesinf._data import Examples
+from bayesinf.evaluation import SGDRecipe, random_subsets, retrain, train_one
+from bayesinf.evaluation._training import (
+    choose_group_size,
+    row_seeds,
+    train_looped,
+    train_stacked,
+)
+
+RECIPE = SGDRecipe(epochs=4, batch_size=4, lr=0.2, weight_decay=0.01)
+SUBSETS = random_subsets(31, count=5, seed=0)  # 16 members: 4 batches; 15 give a smaller last one
+
+
+def make_mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).double()
+
+
+def make_cnn() -> nn.Module:
+    layers = [nn.Conv2d(1, 2, 2), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3)]
+    return nn.Sequential(nn.Unflatten(1, (1, 1, 5)), nn.ZeroPad2d((0, 0, 1, 0)), *layers).double()
+
+
+def make_noisy() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(5, 7), nn.BatchNorm1d(7), nn.ReLU(), nn.Dropout(0.3), nn.Linear(7, 3)
+    ).double()
+
+
+def draw(kind: str = "categorical") -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(31, 5, generator=g, dtype=torch.float64)
+    if kind == "categorical":
+        return x, torch.randint(0, 3, (31,), generator=g)
+    return x, torch.randn(31, 3, generator=g, dtype=torch.float64)
+
+
+def plain_torch(
+    mask: np.ndarray, seed: int, recipe: SGDRecipe, loss: Callable[..., Tensor], y: Tensor
+) -> nn.Module:
+    """The same run by torch.optim.SGD and CosineAnnealingLR."""
+    x, _ = draw()
+    first, second = row_seeds(mask, seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(first)
+        model = make_mlp()
+    members = torch.from_numpy(np.flatnonzero(mask))
+    g = torch.Generator().manual_seed(second)
+    optimiser = torch.optim.SGD(
+        model.parameters(),
+        lr=recipe.lr,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+    )
+    batches = -(-len(members) // recipe.batch_size)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, recipe.epochs * batches)
+    for _ in range(recipe.epochs):
+        order = members[torch.randperm(len(members), generator=g)]
+        for batch in order.split(recipe.batch_size):
+            optimiser.zero_grad()
+            loss(model(x[batch]), y[batch]).backward()
+            optimiser.step()
+            if recipe.schedule == "cosine":
+                schedule.step()
+    return model
+
+
+def half_square(outputs: Tensor, target: Tensor) -> Tensor:
+    return 0.5 * (outputs - target).square().sum(1).mean()
+
+
+@pytest.mark.parametrize("kind", ["categorical", "gaussian"])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        RECIPE,
+        SGDRecipe(epochs=3, batch_size=5, lr=0.05, momentum=0.5, schedule="constant"),
+    ],
+)
+def test_equal_to_plain_torch(kind: str, recipe: SGDRecipe) -> None:
+    x, y = draw(kind)
+    likelihood = bi.Categorical() if kind == "categorical" else bi.Gaussian()
+    loss = nn.functional.cross_entropy if kind == "categorical" else half_square
+    data = Examples((x, y), None, "train", torch.device("cpu"), torch.float64)
+    masks, seeds = SUBSETS.values[:3], [4, 5, 4]
+    keys = [row_seeds(m, s) for m, s in zip(masks, seeds, strict=True)]
+    members = [torch.from_numpy(np.flatnonzero(m)) for m in masks]
+    stacked = train_stacked(make_mlp, likelihood, recipe, data, members, keys)(x).detach()
+    for k, (mask, seed) in enumerate(zip(masks, seeds, strict=True)):
+        expected = plain_torch(mask, seed, recipe, loss, y)
+        own = train_one(make_mlp, likelihood, recipe, train=(x, y), seed=seed, subset=mask)
+        for a, b in zip(own.parameters(), expected.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+        torch.testing.assert_close(stacked[k], expected(x).detach(), rtol=0, atol=1e-10)
+
+
+def bank(make: Callable[[], nn.Module] = make_mlp, **options: object) -> xr.Dataset:
+    x, y = draw()
+    arguments = {
+        "train": (x, y),
+        "query": (x[:6], y[:6]),
+        "subsets": SUBSETS,
+        "seeds": [3, 4],
+        **options,
+    }
+    return retrain(make, bi.Categorical(), RECIPE, **arguments)
+
+
+@pytest.mark.parametrize("make", [make_mlp, make_cnn])
+def test_vectorised_equals_looped(make: Callable[[], nn.Module]) -> None:
+    looped = bank(make, group_size=1)
+    for size in (2, 3, 10):
+        vectorised = bank(make, group_size=size)
+        for name in ("loss", "margin"):  # trained in float64, stored in float32
+            np.testing.assert_allclose(vectorised[name], looped[name], rtol=2e-7)
+
+
+def test_a_row_is_the_model_of_its_subset_and_seed() -> None:
+    x, y = draw()
+    whole = bank()
+    assert whole["loss"].dims == ("subset", "seed", "query")
+    assert whole["loss"].dtype == np.float32
+    for j, s in ((0, 0), (3, 1)):
+        seed = [3, 4][s]
+        model = train_one(
+            make_mlp, bi.Categorical(), RECIPE, train=(x, y), seed=seed, subset=SUBSETS[j]
+        )
+        with torch.no_grad():
+            outputs = model(x[:6])
+        loss = nn.functional.cross_entropy(outputs, y[:6], reduction="none")
+        odds = torch.logit(outputs.softmax(1)[torch.arange(6), y[:6]])
+        np.testing.assert_allclose(whole["loss"][j, s], loss, rtol=1e-6)
+        np.testing.assert_allclose(whole["margin"][j, s], odds, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_rows_do_not_depend_on_the_others(size: int) -> None:
+    """The same rows, of other subsets in another order: to rounding, and bitwise alone."""
+    whole = bank(group_size=size)
+    part = bank(subsets=SUBSETS.isel(subset=[4, 1]), seeds=[4], group_size=size)
+    np.testing.assert_allclose(
+        part["loss"].sel(seed=4), whole["loss"].sel(seed=4, subset=[4, 1]), rtol=2e-7
+    )
+    xr.testing.assert_identical(whole, bank(group_size=size))
+    seeds_differ = whole["loss"].values[:, 0] != whole["loss"].values[:, 1]
+    assert seeds_differ.all()
+
+
+def test_dropout_and_batch_norm_are_trained_one_by_one_and_measured_in_eval_mode() -> None:
+    assert choose_group_size(make_noisy()) == 1
+    first = bank(make_noisy)
+    torch.manual_seed(99)
+    np.testing.assert_array_equal(first["loss"], bank(make_noisy)["loss"])
+    x, y = draw()
+    model = train_one(make_noisy, bi.Categorical(), RECIPE, train=(x, y), seed=0)
+    assert not any(m.training for m in model.modules())
+    assert torch.equal(model(x), model(x))
+
+
+def test_group_size_by_architecture() -> None:
+    assert choose_group_size(make_mlp()) == 60
+    assert choose_group_size(make_cnn()) == 1
+    assert choose_group_size(nn.Linear(784, 256)) == 1
+
+
+def test_the_global_generator_is_left_alone() -> None:
+    before = torch.random.get_rng_state()
+    bank(make_noisy, seeds=[1], subsets=SUBSETS[:1])
+    bank(seeds=[1])
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_unequal_subsets_frozen_weights_and_dict_data() -> None:
+    def make() -> nn.Module:
+        model = make_mlp()
+        model[0].bias.requires_grad_(False)
+        return model
+
+    masks = SUBSETS.copy()
+    masks[1] = SUBSETS[1].values & (np.arange(31) > 9)
+    looped, grouped = (bank(make, subsets=masks, group_size=size) for size in (1, 6))
+    np.testing.assert_allclose(grouped["loss"], looped["loss"], rtol=2e-7)
+    x, y = draw()
+    first = row_seeds(np.ones(31, dtype=bool), 2)[0]
+    with torch.random.fork_rng():
+        torch.manual_seed(first)
+        untrained = make()
+    trained = train_one(make, bi.Categorical(), RECIPE, train=(x, y), seed=2)
+    assert torch.equal(trained[0].bias, untrained[0].bias)
+    assert not torch.equal(trained[0].weight, untrained[0].weight)
+    as_dict = bank(train={"input": x, "label": y}, query={"input": x[:6], "label": y[:6]})
+    np.testing.assert_array_equal(as_dict["loss"], bank()["loss"])
+
+
+def test_labels_and_attrs() -> None:
+    names = [f"t{i}" for i in range(31)]
+    masks = random_subsets(names, fraction=0.5, count=2, seed=8)
+    result = bank(subsets=masks, query_ids=list("abcdef"))
+    assert result["train"].values.tolist() == names
+    assert result["query"].values.tolist() == list("abcdef")
+    assert result["seed"].values.tolist() == [3, 4]
+    np.testing.assert_array_equal(result["subset_mask"], masks)
+    assert json.loads(result.attrs["recipe"]) == RECIPE.as_dict()
+    assert result.attrs["fraction"] == 16 / 31
+    assert (result.attrs["n"], result.attrs["subset_seed"]) == (31, 8)
+    assert str(result.attrs["torch_version"]).split("+")[0] == torch.__version__.split("+")[0]
+    x, y = draw("gaussian")
+    plain = retrain(
+        make_mlp,
+        bi.Gaussian(),
+        RECIPE,
+        train=(x, y),
+        query=(x, y),
+        subsets=masks,
+        seeds=[0],
+    )
+    assert set(plain.data_vars) == {"loss", "subset_mask"}
+
+
+def test_train_looped_uses_only_the_members() -> None:
+    x, y = draw()
+    members = torch.arange(10)
+    data = Examples((x, y), None, "train", torch.device("cpu"), torch.float64)
+    other = x.clone()
+    other[10:] = 1e6
+    changed = Examples((other, y), None, "train", torch.device("cpu"), torch.float64)
+    a, b = (
+        train_looped(make_mlp, bi.Categorical(), RECIPE, d, members, (1, 2))
+        for d in (data, changed)
+    )
+    assert torch.equal(a[0].weight, b[0].weight)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"subsets": SUBSETS.transpose()}, ValueError, "dims \\('subset', 'train'\\)"),
+        ({"subsets": SUBSETS.astype(int)}, ValueError, "got int64"),
+        ({"subsets": SUBSETS & False}, ValueError, "keeps no example"),
+        ({"subsets": SUBSETS[:, :30]}, ValueError, "holds 31 examples, but 30 train ids"),
+        ({"query_ids": [1, 2]}, ValueError, "holds 6 examples, but 2 query ids"),
+        ({"seeds": [1, 1]}, ValueError, "distinct integers"),
+        ({"seeds": []}, ValueError, "at least one; got \\[\\]"),
+        ({"group_size": 0}, ValueError, "group_size must be at least 1"),
+        ({"measurements": ("loss", "flops")}, NotImplementedError, "no method 'flops'"),
+    ],
+)
+def test_refusals(options: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        bank(**options)
+
+
+def test_a_diverged_run_is_named() -> None:
+    x, y = draw("gaussian")
+    wild = SGDRecipe(epochs=60, batch_size=4, lr=1e3)
+
+    def make() -> nn.Module:
+        return nn.Linear(5, 3)
+
+    arguments = {"train": (x, y), "query": (x, y), "subsets": SUBSETS, "seeds": [9]}
+    with pytest.raises(ValueError, match="subset 0 with seed 9 gave a loss that is not finite"):
+        retrain(make, bi.Gaussian(), wild, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"schedule": "step"}, "schedule must be one of"),
+        ({"lr": 0.0}, "must be positive"),
+        ({"momentum": 1.0}, "momentum must lie in"),
+    ],
+)
+def test_recipe_refusals(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SGDRecipe(**{"epochs": 1, "batch_size": 1, "lr": 0.1, **options})
+
+
+def test_train_one_refuses_a_wrong_mask() -> None:
+    with pytest.raises(ValueError, match="mask of shape \\(31,\\)"):
+        train_one(make_mlp, bi.Categorical(), RECIPE, train=draw(), seed=0, subset=np.ones(3, bool))
