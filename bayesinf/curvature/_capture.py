@@ -277,8 +277,8 @@ def require_finite(
     names = ids.tolist()
     if not bad:
         raise ValueError(
-            f"layer {name!r}: gradients of {split} examples {names[0]!r} … {names[-1]!r} are finite, "
-            f"but their products overflow {ds.dtype}. Use a float64 model: model.double()."
+            f"layer {name!r}: gradients of {split} examples {names[0]!r} … {names[-1]!r} are "
+            f"finite, but their products overflow {ds.dtype}. Use a float64 model: model.double()."
         )
     raise ValueError(
         f"layer {name!r}: the gradient of {split} example {names[bad[0]]!r} is NaN or infinite "

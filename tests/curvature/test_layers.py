@@ -88,14 +88,34 @@ def test_a_weight_tied_to_another_kind_of_module_is_left_out():
     assert [layer.name for layer in layers] == ["head.bias"]
 
 
-def test_a_subclass_with_its_own_forward_is_not_trusted():
-    class Scaled(nn.Linear):
-        def forward(self, x):
-            return 2 * super().forward(x)
+class ScaledLinear(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
 
-    layers, untreated = find_layers(task_of(Scaled(3, 2), 3))
+
+class ScaledConv(nn.Conv2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class StandardizedConv(nn.Conv2d):
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, weight - weight.mean(), bias)
+
+
+@pytest.mark.parametrize(
+    ("layer", "features"),
+    [
+        (ScaledLinear(3, 2), (3,)),
+        (ScaledConv(3, 2, 1), (3, 1, 1)),
+        (StandardizedConv(3, 2, 1), (3, 1, 1)),
+    ],
+)
+def test_a_subclass_with_its_own_forward_is_not_trusted(layer, features):
+    model = nn.Sequential(layer, nn.Flatten())
+    layers, untreated = find_layers(task_of(model, *features))
     assert layers == ()
-    assert untreated == ("weight", "bias")
+    assert untreated == ("0.weight", "0.bias")
 
 
 def test_the_list_of_names_is_cut():
