@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from cases import CASES, Case
 from torch import Tensor, nn
 
 import bayesinf as bi
+from tests.cases import CASES, Case
 
 
 class Sequence(nn.Module):

@@ -3,17 +3,17 @@
 import copy
 import json
 
-import exact
 import numpy as np
 import pytest
 import torch
-from layered_cases import LAYERED, LAYERED_BY_NAME
 from torch import nn
 
 import bayesinf as bi
 from bayesinf.attribution._gauss_newton import gauss_newton
 from bayesinf.attribution._hessian import hessian
 from bayesinf.curvature import NotPositiveDefiniteError, _definite, _rows, dense_hessian
+from tests import exact
+from tests.layered_cases import LAYERED, LAYERED_BY_NAME
 
 
 def normed():

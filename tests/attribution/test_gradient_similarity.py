@@ -1,16 +1,16 @@
 """``grad_dot`` and ``grad_cos`` against explicit gradients, for any network."""
 
-import exact
 import numpy as np
 import pytest
 import torch
-from layered_cases import LAYERED, LAYERED_BY_NAME
 from torch import nn
 
 import bayesinf as bi
 from bayesinf.attribution._grad_cos import grad_cos
 from bayesinf.attribution._grad_dot import grad_dot
 from bayesinf.attribution._scores import METHODS
+from tests import exact
+from tests.layered_cases import LAYERED, LAYERED_BY_NAME
 
 
 def dot(task, measurement="loss"):

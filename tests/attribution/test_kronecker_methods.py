@@ -2,11 +2,9 @@
 
 import json
 
-import exact
 import numpy as np
 import pytest
 import torch
-from layered_cases import LAYERED, LAYERED_BY_NAME
 from torch import nn
 
 import bayesinf as bi
@@ -15,6 +13,8 @@ from bayesinf.attribution._ekfac import ekfac
 from bayesinf.attribution._kfac import kfac
 from bayesinf.attribution._scores import METHODS
 from bayesinf.curvature import UntreatedParametersWarning, fit_factors
+from tests import exact
+from tests.layered_cases import LAYERED, LAYERED_BY_NAME
 
 METHOD = {True: ekfac, False: kfac}
 

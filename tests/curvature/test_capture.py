@@ -1,15 +1,15 @@
 """Captured gradients against autograd, and what a user's model goes through."""
 
-import exact
 import pytest
 import torch
-from layered_cases import LAYERED, LAYERED_BY_NAME
 from torch import nn
 
 import bayesinf as bi
 from bayesinf.curvature import _kronecker as kron
 from bayesinf.curvature._capture import Capture
 from bayesinf.curvature._layers import find_layers
+from tests import exact
+from tests.layered_cases import LAYERED, LAYERED_BY_NAME
 
 
 def captured(task, count=None):

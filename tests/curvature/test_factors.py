@@ -1,11 +1,9 @@
 """K-FAC and EK-FAC factors against dense blocks of the Fisher."""
 
-import exact
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from layered_cases import LAYERED, LAYERED_BY_NAME
 from torch import nn
 from torch.func import jacrev
 
@@ -13,6 +11,8 @@ import bayesinf as bi
 from bayesinf.curvature import UntreatedParametersWarning, fit_factors
 from bayesinf.curvature import _kronecker as kron
 from bayesinf.curvature._accounting import Costs
+from tests import exact
+from tests.layered_cases import LAYERED, LAYERED_BY_NAME
 
 FISHERS = ["enumerated", "empirical"]
 

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from layered_cases import LAYERED_BY_NAME, Tied
 from torch import nn
 
 import bayesinf as bi
 from bayesinf.curvature import UntreatedParametersWarning, find_layers
 from bayesinf.curvature._layers import require_layers
+from tests.layered_cases import LAYERED_BY_NAME, Tied
 
 
 def task_of(model, *features, outputs=2, **options):
