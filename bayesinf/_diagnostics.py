@@ -114,7 +114,8 @@ def _statistics(values: np.ndarray, superchains: np.ndarray) -> dict[str, np.nda
         x = values[:, :, q].astype(np.float64)
         if np.ptp(x) == 0:
             continue
-        out["rhat"][q] = array_stats.rhat(x, chain_axis=0, draw_axis=1)
+        halves = x if len(x) > 1 else x[:, : x.shape[1] // 2 * 2].reshape(2, -1)
+        out["rhat"][q] = array_stats.rhat(halves, chain_axis=0, draw_axis=1)
         out["ess_bulk"][q] = array_stats.ess(x, chain_axis=0, draw_axis=1, method="bulk")
         if nested:
             out["rhat_nested"][q] = array_stats.rhat_nested(
@@ -128,6 +129,9 @@ def _problems(data: xr.Dataset, traces: TraceStore) -> list[str]:
     """Each sentence: what was seen, and what to do."""
     problems = []
     for group in ("train", "query"):
+        if not np.isfinite(data[f"rhat_{group}"]).any():
+            problems.append(f"no {group} loss ever varies: the chains do not move")
+            continue
         for kind, words in (("rhat", "R-hat"), ("rhat_nested", "nested R-hat")):
             if f"{kind}_{group}" not in data:
                 continue

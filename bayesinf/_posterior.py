@@ -20,7 +20,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.func import grad, jvp
+from torch.func import grad
 
 from bayesinf._gradients import ChainFunctions
 from bayesinf._task import Task
@@ -206,8 +206,10 @@ class Potential:
                 def mean_loss(w: Tensor, examples: Any = examples) -> Tensor:
                     return task.losses(task.unflatten(w), examples).mean()
 
-                product = jvp(grad(mean_loss), (position[c],), (vector[c],))[1]
-                out[c] += p.n_beta * share * product.detach()
+                def slope(w: Tensor, c: int = c) -> Tensor:
+                    return grad(mean_loss)(w) @ vector[c]
+
+                out[c] += p.n_beta * share * grad(slope)(position[c])
         return out
 
     def _shares(self, batch: Tensor | None) -> list[tuple[float, Any]]:

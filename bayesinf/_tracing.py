@@ -69,7 +69,7 @@ def _shape(node: Any) -> tuple[int, ...] | None:
 def _simplify(graph: Graph) -> None:
     """Drop operations without effect; fuse ``bias + a @ b``. Rounding may change, nothing else."""
     for node in list(graph.nodes):
-        source = node.args[0] if node.op == "call_function" and node.args else None
+        source: Any = node.args[0] if node.op == "call_function" and node.args else None
         if not isinstance(source, Node):
             continue
         idle = node.target in _RESHAPES and _shape(source) == _shape(node)
@@ -89,7 +89,9 @@ def _simplify(graph: Graph) -> None:
 
 def _fuse_bias(graph: Graph, node: Node) -> None:
     """Turn ``add(bias, bmm(a, b))`` into ``baddbmm(bias, a, b)`` if the bmm has no other use."""
-    for product, bias in (node.args, node.args[::-1]):
+    first, second = node.args[0], node.args[1]
+    operands: tuple[tuple[Any, Any], ...] = ((first, second), (second, first))
+    for product, bias in operands:
         fusable = (
             isinstance(product, Node)
             and isinstance(bias, Node)
