@@ -228,6 +228,12 @@ def test_a_gradient_that_is_not_finite_is_named():
         gauss_newton(task, damping=1.0)
 
 
+def test_a_matrix_that_rounding_leaves_singular_is_refused(monkeypatch):
+    monkeypatch.setattr(_hessian, "smallest_eigenvalue", lambda factor: -1e-20)
+    with pytest.raises(NotPositiveDefiniteError, match="= -1e-20 at damping=0"):
+        hessian(LAYERED_BY_NAME["linear-gaussian"].task(), damping=0)
+
+
 def test_the_smallest_eigenvalue_of_a_larger_matrix(rng, monkeypatch):
     a = torch.randn(60, 60, generator=rng, dtype=torch.float64)
     matrix = a @ a.T / 60 + 0.01 * torch.eye(60, dtype=a.dtype)
@@ -235,7 +241,8 @@ def test_the_smallest_eigenvalue_of_a_larger_matrix(rng, monkeypatch):
     factor = torch.linalg.cholesky(matrix)
     assert _definite.smallest_eigenvalue(factor) == pytest.approx(expected, rel=1e-9)
     monkeypatch.setattr(_definite, "_DIRECT", 10)
-    assert _definite.smallest_eigenvalue(factor) == pytest.approx(expected, rel=1e-3)
+    for layout in (factor, factor.T.contiguous().T):
+        assert _definite.smallest_eigenvalue(layout) == pytest.approx(expected, rel=1e-3)
 
 
 def test_attributes():
