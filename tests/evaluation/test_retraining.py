@@ -166,6 +166,7 @@ def test_dropout_and_batch_norm_are_trained_one_by_one_and_measured_in_eval_mode
     model = train_one(make_noisy, bi.Categorical(), RECIPE, train=(x, y), seed=0)
     assert not any(m.training for m in model.modules())
     assert torch.equal(model(x), model(x))
+    assert int(model[1].num_batches_tracked) == 4 * 8  # trained in train mode
 
 
 def test_group_size_by_architecture() -> None:
