@@ -11,7 +11,13 @@ from torch import nn
 import bayesinf as bi
 from bayesinf.attribution._gauss_newton import gauss_newton
 from bayesinf.attribution._hessian import hessian
-from bayesinf.curvature import NotPositiveDefiniteError, _definite, _rows, dense_hessian
+from bayesinf.curvature import (
+    NotPositiveDefiniteError,
+    _definite,
+    _hessian,
+    _rows,
+    dense_hessian,
+)
 from tests import exact
 from tests.layered_cases import LAYERED, LAYERED_BY_NAME
 
