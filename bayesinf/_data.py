@@ -37,7 +37,8 @@ def resolve_ids(ids: Sequence[Any] | np.ndarray | None, n: int, name: str) -> np
     unique, counts = np.unique(array, return_counts=True)
     if len(unique) < n:
         raise ValueError(
-            f"{name}_ids must be unique: {unique[counts > 1][0]!r} occurs {counts.max()} times. "
+            f"{name}_ids must be unique: {unique[counts > 1][0]!r} occurs "
+            f"{counts[counts > 1][0]} times. "
             f"Scores and stores are labelled by these ids."
         )
     return array.astype(np.int64) if array.dtype.kind in "iu" else array
@@ -179,6 +180,10 @@ class Examples:
         step = max(1, -(-self._n // limit))
         for start in range(0, self._n, 256 * step):
             index = torch.arange(start, min(start + 256 * step, self._n), step)
-            for leaf in tree_flatten(self.batch(index))[0]:
+            inputs, target = self.batch(index)
+            if isinstance(inputs, dict):  # by name, in whatever order they came
+                digest.update("\x1f".join(sorted(inputs)).encode())
+                inputs = [inputs[key] for key in sorted(inputs)]
+            for leaf in tree_flatten((inputs, target))[0]:
                 digest.update(leaf.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]

@@ -177,14 +177,15 @@ class Task:
 
     def fingerprint(self) -> dict[str, Any]:
         """Hashes of the checkpoint and data, for stores and scores."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.module.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest = hashlib.sha256(_without_addresses(self.module).encode())
+        tensors = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+        for name, tensor in sorted(tensors.items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return {
             "checkpoint": digest.hexdigest()[:16],
             "parameters": hashlib.sha256("\n".join(self.params).encode()).hexdigest()[:16],
-            "likelihood": repr(self.likelihood),
+            "likelihood": _without_addresses(self.likelihood),
             "train": self.train.fingerprint(),
             "query": self.query.fingerprint(),
             "n": self.n,
@@ -224,11 +225,24 @@ class Task:
 
 
 def _frozen_copy(model: nn.Module) -> nn.Module:
-    """Copy a module without its gradients, in eval mode, with nothing requiring grad."""
+    """Copy a module without its gradients and backward hooks, in eval mode, all of it frozen.
+
+    Forward hooks are part of what the network computes and stay; hooks on gradients are not, and
+    do not meet ``torch.func``.
+    """
     memo: dict[int, Any] = {
         id(p): nn.Parameter(p.detach().clone(), requires_grad=False) for p in model.parameters()
     }
-    return copy.deepcopy(model, memo).eval()
+    copied = copy.deepcopy(model, memo).eval()
+    for module in copied.modules():
+        module._backward_hooks.clear()
+        module._backward_pre_hooks.clear()
+    return copied
+
+
+def _without_addresses(thing: Any) -> str:
+    """``repr``, the same in every process."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(thing))
 
 
 def _select(model: nn.Module, parameters: str | Iterable[str] | None) -> list[str]:
