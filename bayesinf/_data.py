@@ -37,7 +37,7 @@ def resolve_ids(ids: Sequence[Any] | np.ndarray | None, n: int, name: str) -> np
     unique, counts = np.unique(array, return_counts=True)
     if len(unique) < n:
         raise ValueError(
-            f"{name}_ids must be unique: {unique[counts > 1][0]!r} occurs "
+            f"{name}_ids must be unique: {unique[counts > 1].tolist()[0]!r} occurs "
             f"{counts[counts > 1][0]} times. "
             f"Scores and stores are labelled by these ids."
         )
@@ -164,13 +164,14 @@ class Examples:
 
     def positions(self, ids: Sequence[Any] | np.ndarray) -> np.ndarray:
         """Positions of the given ids, or ``KeyError`` naming those that are unknown."""
-        place = {key: i for i, key in enumerate(self.ids.tolist())}
+        known = self.ids.tolist()
+        place = {key: i for i, key in enumerate(known)}
         wanted = np.asarray(ids).tolist()
         unknown = [key for key in wanted if key not in place]
         if unknown:
             raise KeyError(
-                f"unknown {self.name} ids {unknown[:5]}; ids run from {self.ids[0]!r} to "
-                f"{self.ids[-1]!r} ({len(self)} of them)."
+                f"unknown {self.name} ids {unknown[:5]}; ids run from {known[0]!r} to "
+                f"{known[-1]!r} ({len(self)} of them)."
             )
         return np.array([place[key] for key in wanted], dtype=np.int64)
 

@@ -164,7 +164,7 @@ def test_ids(data, linear, ids):
         ([0.5] * 10, "must be 10 integers or strings.*float64"),
         (range(9), r"shape \(9,\)"),
         ([True] * 10, "bool"),
-        ([0, 1, 1, 2, 3, 4, 5, 6, 2, 2], r"train_ids must be unique: .*1.* occurs 2 times"),
+        ([0, 1, 1, 2, 3, 4, 5, 6, 2, 2], r"train_ids must be unique: 1 occurs 2 times"),
     ],
 )
 def test_bad_ids_are_refused(data, linear, ids, words):
@@ -178,7 +178,7 @@ def test_ids_are_stored_in_64_bits():
 
 def test_unknown_ids_are_named(data, linear):
     task = make(linear, data, query_ids=[f"q{i}" for i in range(10)])
-    with pytest.raises(KeyError, match=r"unknown query ids \['q10'\]; .*'q0'.*'q9'.*10 of them"):
+    with pytest.raises(KeyError, match=r"unknown query ids \['q10'\]; ids run from 'q0' to 'q9' \(10 of"):
         task.query.positions(["q3", "q10"])
 
 

@@ -96,7 +96,7 @@ def make_scores(
             q, t = np.argwhere(bad)[0]
             raise ValueError(
                 f"{method}: {name} is not finite for {int(bad.sum())} of {bad.size} pairs, first "
-                f"query {query[q]!r} and train {train[t]!r}. Usual causes: inf or NaN in an "
+                f"query {query.tolist()[q]!r} and train {train.tolist()[t]!r}. Usual causes: inf or NaN in an "
                 f"example's loss or gradient, or a damping too small for the precision."
             )
     meta = {
@@ -108,9 +108,14 @@ def make_scores(
     }
     return xr.Dataset(
         {name: (("query", "train"), array) for name, array in arrays.items()},
-        coords={"query": query, "train": train},
+        coords={"query": _labels(query), "train": _labels(train)},
         attrs={key: _plain(value) for key, value in meta.items() if value is not None},
     )
+
+
+def _labels(ids: np.ndarray) -> np.ndarray:
+    """Ids as Zarr has a specification for them: text of variable length."""
+    return ids.astype(np.dtypes.StringDType()) if ids.dtype.kind in "UO" else ids
 
 
 def _versions() -> dict[str, str]:
@@ -128,4 +133,4 @@ def _plain(value: Any) -> Any:
         return value
     if isinstance(value, np.generic):
         return value.item()
-    return json.dumps(value)
+    return json.dumps(value, default=lambda array: array.tolist())
