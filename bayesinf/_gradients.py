@@ -124,7 +124,8 @@ class ChainFunctions:
             scale = expected.detach().abs().max()
             if not bool(torch.isfinite(scale)):
                 continue  # a diverged chain is the driver's business
-            if float((got - expected.detach()).abs().max()) > tolerance * float(scale + 1e-6):
+            error = float((got - expected.detach()).abs().max())
+            if not error <= tolerance * float(scale + 1e-6):  # a NaN is no agreement
                 raise RuntimeError("its recorded operations do not reproduce its outputs")
 
     def _fall_back(self, error: Exception) -> None:

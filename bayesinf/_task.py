@@ -181,7 +181,9 @@ class Task:
         tensors = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
         for name, tensor in sorted(tensors.items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            digest.update(
+                tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+            )
         return {
             "checkpoint": digest.hexdigest()[:16],
             "parameters": hashlib.sha256("\n".join(self.params).encode()).hexdigest()[:16],

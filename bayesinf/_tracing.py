@@ -54,11 +54,30 @@ def record(
     -------
     Callable
         Takes tensors of the same shapes.
+
+    Raises
+    ------
+    RuntimeError
+        If a shape depends on values (a selection by a mask, say): a replay would not follow it.
     """
     module = make_fx(vmap(function, in_dims=in_dims))(*inputs)
+    for node in module.graph.nodes:
+        if _depends_on_values(node):
+            raise RuntimeError(f"the shape of {node.target}'s result depends on its input's values")
     _simplify(module.graph)
     module.recompile()
     return module.forward
+
+
+def _depends_on_values(node: Node) -> bool:
+    """Whether the shape of a result may differ between inputs of one shape."""
+    if torch.Tag.dynamic_output_shape not in getattr(node.target, "tags", ()):
+        return False
+    if node.target is not _aten.index.Tensor:
+        return True
+    indices: Any = node.args[1]
+    values = [index.meta.get("val") for index in indices if isinstance(index, Node)]
+    return any(v is None or v.dtype in (torch.bool, torch.uint8) for v in values)
 
 
 def _shape(node: Any) -> tuple[int, ...] | None:

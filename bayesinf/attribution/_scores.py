@@ -96,8 +96,8 @@ def make_scores(
             q, t = np.argwhere(bad)[0]
             raise ValueError(
                 f"{method}: {name} is not finite for {int(bad.sum())} of {bad.size} pairs, first "
-                f"query {query.tolist()[q]!r} and train {train.tolist()[t]!r}. Usual causes: inf or NaN in an "
-                f"example's loss or gradient, or a damping too small for the precision."
+                f"query {query.tolist()[q]!r} and train {train.tolist()[t]!r}. Usual causes: inf "
+                f"or NaN in an example's loss or gradient, or a damping too small for the precision."
             )
     meta = {
         "method": method,
