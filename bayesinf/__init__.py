@@ -8,11 +8,32 @@ from bayesinf._sampling import DivergenceError, sample
 from bayesinf._task import Task
 from bayesinf._traces import FailedChainsWarning, StoreError, TraceStore, open_traces
 from bayesinf.attribution._bif import bif
+from bayesinf.attribution._ekfac import ekfac
+from bayesinf.attribution._gauss_newton import gauss_newton
+from bayesinf.attribution._grad_cos import grad_cos
+from bayesinf.attribution._grad_dot import grad_dot
+from bayesinf.attribution._hessian import hessian
+from bayesinf.attribution._kfac import kfac
+from bayesinf.attribution._scores import METHODS, make_scores
+from bayesinf.curvature import NotPositiveDefiniteError, UntreatedParametersWarning
+from bayesinf.evaluation import (
+    SGDRecipe,
+    lds,
+    lds_difference,
+    lds_table,
+    noise_ceiling,
+    open_bank,
+    random_subsets,
+    retrain,
+    save_bank,
+    train_one,
+)
 from bayesinf.samplers import SGLD, RMSpropSGLD
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "METHODS",
     "SGLD",
     "Bernoulli",
     "Categorical",
@@ -22,13 +43,32 @@ __all__ = [
     "Gaussian",
     "Likelihood",
     "LocalPosterior",
+    "NotPositiveDefiniteError",
     "RMSpropSGLD",
+    "SGDRecipe",
     "StoreError",
     "Task",
     "TraceStore",
+    "UntreatedParametersWarning",
     "VectorizationWarning",
     "bif",
     "diagnose",
+    "ekfac",
+    "gauss_newton",
+    "grad_cos",
+    "grad_dot",
+    "hessian",
+    "kfac",
+    "lds",
+    "lds_difference",
+    "lds_table",
+    "make_scores",
+    "noise_ceiling",
+    "open_bank",
     "open_traces",
+    "random_subsets",
+    "retrain",
     "sample",
+    "save_bank",
+    "train_one",
 ]
