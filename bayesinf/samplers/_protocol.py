@@ -22,7 +22,10 @@ State = dict[str, Tensor]
 class Sampler(Protocol):
     """A kernel; concrete ones are frozen dataclasses whose fields are their settings."""
 
-    step_size: float
+    @property
+    def step_size(self) -> float:
+        """ε."""
+        ...
 
     def init(self, position: Tensor, rng: ChainGenerators) -> State:
         """State of ``C`` chains that start at ``position (C, d)``."""
