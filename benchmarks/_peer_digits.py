@@ -27,7 +27,7 @@ class _Network(nn.Module):
     def __init__(self, weights: dict[str, Tensor]) -> None:
         super().__init__()
         self.fc1, self.fc2, self.fc3 = (
-            nn.Linear(*reversed(weights[f"{name}.weight"].shape), bias=f"{name}.bias" in weights)
+            _linear(weights[f"{name}.weight"], f"{name}.bias" in weights)
             for name in ("fc1", "fc2", "fc3")
         )
         self.load_state_dict(weights)
@@ -36,6 +36,11 @@ class _Network(nn.Module):
         """Logits of flat images."""
         logits: Tensor = self.fc3(self.fc2(self.fc1(x).relu()).relu())
         return logits
+
+
+def _linear(weight: Tensor, bias: bool) -> nn.Linear:
+    outputs, inputs = weight.shape
+    return nn.Linear(inputs, outputs, bias=bias)
 
 
 def load_task(folder: Path, *, bias: bool = True, dtype: torch.dtype = torch.float32) -> Task:
