@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -86,7 +88,7 @@ def test_at_least_twenty_batches() -> None:
     slices = batch_slices(4, 103)
     assert slices[0].start == 0
     assert slices[-1].stop == 103
-    assert all(a.stop == b.start for a, b in zip(slices[:-1], slices[1:], strict=True))
+    assert all(a.stop == b.start for a, b in pairwise(slices))
 
 
 def test_errors() -> None:

@@ -118,7 +118,11 @@ def bif(
             "draws": traces.draws,
             "sampler": traces.config["sampler"],
             "checkpoint": traces.config["task"]["checkpoint"],
-            "seconds": {"covariance": time.perf_counter() - began},
+            **_passes(traces, train.sizes["train"] + query.sizes["query"]),
+            "seconds": {
+                "sampling": traces.commit_facts["seconds"],
+                "covariance": time.perf_counter() - began,
+            },
         },
     )
 
@@ -131,6 +135,17 @@ def _damping(posterior: dict[str, float]) -> float:
             "traces' correlations themselves."
         )
     return posterior["gamma"] / posterior["n_beta"] + posterior["weight_decay"]
+
+
+def _passes(traces: TraceStore, observed: int) -> dict[str, int]:
+    """Examples that went forward and backward, over all chains."""
+    config = traces.config
+    steps = config["warmup"] + traces.draws * config["thin"]
+    batch = config["batch_size"] or config["task"]["n"]
+    twice = config["batch_size"] and config["posterior"]["potential"] == "tilted"
+    gradients = traces.chains * steps * batch * (2 if twice else 1)
+    forward = gradients + traces.chains * traces.draws * observed
+    return {"forward_examples": forward, "backward_examples": gradients}
 
 
 def _quiet_values(traces: TraceStore, measurement: str) -> xr.DataArray:

@@ -1,0 +1,91 @@
+"""The methods that the LDS benchmark compares, with their settings: one rule for all tasks.
+
+Nothing here was chosen on the evaluation subsets. Classical methods: EK-FAC's and K-FAC's usual
+relative damping (0.1 × the mean eigenvalue of a layer; Grosse et al. 2023), the Gauss–Newton
+reference at λ = 0.01. Bayesian ones, by a rule in units of the problem:
+
+* ``n_beta = n``, total damping ``λ = γ/(nβ) + weight decay = 0.1``;
+* step size ``0.3 / (nβ (λ_max + λ))``, with ``λ_max`` the top Hessian eigenvalue of the mean loss
+  at the checkpoint, by power iteration (RMSprop: times its ``eps``, as its steps are up to 1/eps
+  longer);
+* batches of n/10, 16 chains, 400 warm-up steps, 400 draws, 10 steps apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import xarray as xr
+
+import bayesinf as bi
+from benchmarks.tasks import BenchmarkTask
+
+__all__ = ["METHODS", "BenchmarkMethod", "top_curvature"]
+
+DAMPING, STEP, CHAINS, DRAWS, WARMUP, THIN = 0.1, 0.3, 16, 400, 400, 10
+
+
+@dataclass(frozen=True)
+class BenchmarkMethod:
+    """A row of the table."""
+
+    name: str
+    core: bool
+    scores: Callable[[bi.Task, BenchmarkTask, dict[str, Any]], xr.Dataset]
+
+
+def top_curvature(task: bi.Task, iterations: int = 30) -> float:
+    """Top Hessian eigenvalue (in modulus) of the mean training loss, by power iteration."""
+    loss = bi.LocalPosterior(task, n_beta=1.0, gamma=0.0).bind()
+    generator = torch.Generator().manual_seed(0)
+    vector = torch.randn(1, task.dimension, generator=generator).to(loss.center)
+    for _ in range(iterations):
+        vector = vector / vector.norm()
+        vector = loss.hvp(loss.center[None], vector)
+    return float(vector.norm())
+
+
+def _bif(kernel: str, potential: Any, **options: Any) -> Callable[..., xr.Dataset]:
+    def scores(task: bi.Task, benchmark: BenchmarkTask, quick: dict[str, Any]) -> xr.Dataset:
+        decay, n = benchmark.recipe.weight_decay, task.n
+        posterior = bi.LocalPosterior(
+            task, n_beta=n, gamma=n * (DAMPING - decay), weight_decay=decay, potential=potential
+        )
+        step = STEP / (n * (top_curvature(task) + DAMPING))
+        sampler: Any = bi.SGLD(step)
+        if kernel == "rmsprop":
+            sampler = bi.RMSpropSGLD(step * 0.1, eps=0.1)
+        settings = {"chains": CHAINS, "draws": DRAWS, "warmup": WARMUP, "thin": THIN, **quick}
+        traces = bi.sample(posterior, sampler, batch_size=n // 10, progress=False, **settings)
+        return bi.bif(traces, **options)
+
+    return scores
+
+
+def _classical(function: Callable[..., xr.Dataset], **options: Any) -> Callable[..., xr.Dataset]:
+    def scores(task: bi.Task, benchmark: BenchmarkTask, quick: dict[str, Any]) -> xr.Dataset:
+        return function(task, **options)
+
+    return scores
+
+
+_USUAL = {"fisher": "enumerated", "relative_damping": 0.1}
+
+METHODS = (
+    BenchmarkMethod("BIF, tilted SGLD", True, _bif("sgld", "tilted")),
+    BenchmarkMethod("EK-FAC", True, _classical(bi.ekfac, **_USUAL)),
+    BenchmarkMethod("K-FAC", True, _classical(bi.kfac, **_USUAL)),
+    BenchmarkMethod("GradDot", True, _classical(bi.grad_dot)),
+    BenchmarkMethod("BIF, plain SGLD", False, _bif("sgld", "plain")),
+    BenchmarkMethod("BIF, tilted RMSprop-SGLD", False, _bif("rmsprop", "tilted")),
+    BenchmarkMethod("BIF, plain RMSprop-SGLD", False, _bif("rmsprop", "plain")),
+    BenchmarkMethod(
+        "normalised BIF, tilted SGLD", False, _bif("sgld", "tilted", normalize="correlation")
+    ),
+    BenchmarkMethod("GradCos", False, _classical(bi.grad_cos)),
+    BenchmarkMethod("Gauss–Newton, dense", False, _classical(bi.gauss_newton, damping=0.01)),
+    BenchmarkMethod("Hessian, dense", False, _classical(bi.hessian, damping=DAMPING)),
+)

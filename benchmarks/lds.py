@@ -1,0 +1,181 @@
+"""LDS of attribution methods on a benchmark task: ``python -m benchmarks.lds TASK``.
+
+Trains the task's checkpoint, scores it with each method, judges the scores against the retrained
+models that ship with the repository, prints one table, and saves scores, table and figure under
+``results/TASK``. A method that cannot run on the task is named with its reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+
+import bayesinf as bi
+from bayesinf.plots import plot_lds_time
+from benchmarks._measure import Cost, measured
+from benchmarks._methods import METHODS, BenchmarkMethod
+from benchmarks.retrain import make_banks
+from benchmarks.tasks import TASKS, BenchmarkTask, get_task
+
+__all__ = ["main", "run"]
+
+_HEADER = (
+    "method",
+    "LDS [95 %]",
+    "LDS/ceiling",
+    "seconds by stage",
+    "CPU s",
+    "MiB",
+    "examples forward / backward",
+)
+
+
+def run(
+    benchmark: BenchmarkTask,
+    methods: list[BenchmarkMethod],
+    bank: xr.Dataset,
+    quick: dict[str, Any] | None = None,
+) -> tuple[dict[str, xr.Dataset], dict[str, Cost], dict[str, str]]:
+    """Score a task's checkpoint with each method.
+
+    Parameters
+    ----------
+    benchmark
+        The task.
+    methods
+        Rows.
+    bank
+        Ground truth.
+    quick
+        Options of :func:`bayesinf.sample` to override (for tests).
+
+    Returns
+    -------
+    scores, costs, refused
+        By method name; ``refused`` says why a method could not run.
+    """
+    train, query = benchmark.data()
+    task = bi.Task(benchmark.checkpoint(), benchmark.likelihood, train=train, query=query)
+    task.train.ids, task.query.ids = bank["train"].values, bank["query"].values
+    scores: dict[str, xr.Dataset] = {}
+    costs: dict[str, Cost] = {}
+    refused: dict[str, str] = {}
+    for method in methods:
+        print(f"… {method.name}", flush=True)
+        try:
+            with measured() as cost, warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                scores[method.name] = method.scores(task, benchmark, quick or {})
+        except (ValueError, MemoryError, NotImplementedError, bi.DivergenceError) as error:
+            refused[method.name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            continue
+        costs[method.name] = cost
+        for warning in caught:
+            if issubclass(warning.category, UserWarning):
+                print(f"  {warning.category.__name__}: {warning.message}", flush=True)
+    return scores, costs, refused
+
+
+def format_table(table: xr.Dataset, scores: dict[str, xr.Dataset], costs: dict[str, Cost]) -> str:
+    """One line a method, best first, in Markdown."""
+    rows = [_HEADER, tuple("---" for _ in _HEADER)]
+    for k in np.argsort(-table["lds"].values):
+        own = table.isel(scorer=int(k))
+        name = str(own["scorer"].values)
+        stages = json.loads(scores[name].attrs["seconds"])
+        cost = costs[name]
+        rows.append(
+            (
+                name,
+                f"{float(own['lds']):.3f} [{float(own['lower']):.3f}, {float(own['upper']):.3f}]",
+                f"{float(own['relative']):.2f}",
+                ", ".join(f"{stage} {_short(seconds)}" for stage, seconds in stages.items()),
+                f"{cost.cpu:.1f}",
+                f"{cost.memory:.0f}",
+                f"{_short(scores[name].attrs['forward_examples'])} / "
+                f"{_short(scores[name].attrs['backward_examples'])}",
+            )
+        )
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _short(number: float) -> str:
+    """Two significant digits, thousands as k and M."""
+    for size, unit in ((1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return (
+                f"{number / size:.2g}{unit}"
+                if number < 100 * size
+                else f"{number / size:.0f}{unit}"
+            )
+    return f"{number:.2g}" if number < 100 else f"{number:.0f}"
+
+
+def _differences(scores: dict[str, xr.Dataset], bank: xr.Dataset) -> str:
+    """Paired differences of every method with the first."""
+    first, *others = scores
+    lines = []
+    for other in others:
+        d = bi.lds_difference(scores[first], scores[other], bank)
+        low, high = float(d["lower"]), float(d["upper"])
+        lines.append(
+            f"  {first} − {other}: {float(d['difference']):+.3f} [{low:+.3f}, {high:+.3f}]"
+        )
+    return "\n".join(lines)
+
+
+def _save(folder: Path, table: xr.Dataset, scores: dict[str, xr.Dataset], text: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "table.md").write_text(text + "\n")
+    for name, dataset in scores.items():
+        stem = "".join(c if c.isalnum() else "-" for c in name.lower())
+        path = folder / f"scores-{stem}.zarr"
+        dataset.to_zarr(path, mode="w", zarr_format=3, consolidated=False)
+    axes = plot_lds_time(table)
+    axes.set_title(f"{table.attrs['task']}: LDS against time")
+    axes.figure.get_figure(root=True).savefig(folder / "lds.png", dpi=150)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.lds", description=__doc__)
+    parser.add_argument("task", choices=sorted(TASKS))
+    parser.add_argument("--methods", choices=["core", "all"], default="core")
+    parser.add_argument("--out", type=Path, default=Path("results"), help="default: %(default)s")
+    parser.add_argument(
+        "--retrain", action="store_true", help="make the ground truth anew under OUT/ground_truth"
+    )
+    parser.add_argument("--threads", type=int, default=1, help="default: %(default)s")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    benchmark = get_task(args.task)
+    root = args.out / "ground_truth" if args.retrain else None
+    if root is not None:
+        make_banks(benchmark, root)
+    bank = benchmark.bank("evaluation", root)
+    chosen = [m for m in METHODS if m.core or args.methods == "all"]
+    scores, costs, refused = run(benchmark, chosen, bank)
+    table = bi.lds_table(scores, bank)
+    table["seconds"] = ("scorer", [costs[name].wall for name in scores])
+    text = format_table(table, scores, costs)
+    print(
+        f"\n{args.task}: {bank.sizes['subset']} halves × {bank.sizes['seed']} seeds, "
+        f"{bank.sizes['query']} queries, noise ceiling {float(table['ceiling']):.3f}, "
+        f"{args.threads} thread(s)\n\n{text}\n\npaired differences (95 % intervals):\n"
+        f"{_differences(scores, bank)}"
+    )
+    for name, why in refused.items():
+        print(f"not run: {name}: {why}")
+    _save(args.out / args.task, table, scores, text)
+    print(f"\nscores, table and figure are in {args.out / args.task}")
+
+
+if __name__ == "__main__":
+    main()

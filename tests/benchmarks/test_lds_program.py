@@ -1,0 +1,101 @@
+"""The LDS program on its smallest task, with few draws."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+
+import bayesinf as bi
+from bayesinf.evaluation import lds
+from benchmarks import lds as program
+from benchmarks._measure import measured
+from benchmarks._methods import METHODS, top_curvature
+from benchmarks.tasks import get_task
+
+QUICK = {"chains": 4, "draws": 20, "warmup": 20, "thin": 2}
+
+
+@pytest.fixture(scope="module")
+def scored() -> tuple[dict[str, xr.Dataset], dict[str, object], dict[str, str], xr.Dataset]:
+    benchmark = get_task("diabetes-mlp")
+    bank = benchmark.bank()
+    small = [m for m in METHODS if m.core or "RMSprop" in m.name or m.name == "Hessian, dense"]
+    return *program.run(benchmark, small, bank, QUICK), bank
+
+
+def test_every_method_scores_every_pair(scored) -> None:
+    scores, costs, refused, bank = scored
+    assert {m.name for m in METHODS if m.core} <= set(scores)
+    assert set(scores) == set(costs)
+    for dataset in scores.values():
+        assert dataset["influence"].shape == (100, 342)
+        np.testing.assert_array_equal(dataset["query"], bank["query"])
+    assert all(name == "Hessian, dense" for name in refused)
+
+
+def test_ek_fac_beats_gradient_similarity_on_the_ground_truth(scored) -> None:
+    scores, _, _, bank = scored
+    good, plain = (float(lds(scores[name], bank)["lds"]) for name in ("EK-FAC", "GradDot"))
+    assert good > 0.45
+    assert good > plain + 0.1
+
+
+def test_table_has_a_line_a_method_best_first(scored) -> None:
+    scores, costs, _, bank = scored
+    table = bi.lds_table(scores, bank)
+    lines = program.format_table(table, scores, costs).splitlines()
+    assert len(lines) == 2 + len(scores)
+    printed = [float(line.split("|")[2].split("[")[0]) for line in lines[2:]]
+    assert printed == sorted(printed, reverse=True)
+    assert printed[0] == pytest.approx(float(table["lds"].max()), abs=5e-4)
+
+
+def test_program_prints_and_saves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fast = tuple(m for m in METHODS if m.name in ("EK-FAC", "GradDot"))
+    monkeypatch.setattr(program, "METHODS", fast)
+    program.main(["diabetes-mlp", "--out", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert "noise ceiling 0.94" in out
+    assert "EK-FAC − GradDot: +" in out
+    folder = tmp_path / "diabetes-mlp"
+    assert (folder / "lds.png").stat().st_size > 10_000
+    assert "EK-FAC" in (folder / "table.md").read_text()
+    saved = xr.open_zarr(folder / "scores-ek-fac.zarr", consolidated=False)
+    assert saved["influence"].shape == (100, 342)
+
+
+def test_a_method_that_cannot_run_is_named_with_its_reason() -> None:
+    benchmark = get_task("diabetes-mlp")
+
+    def refuse(*_: object) -> xr.Dataset:
+        raise ValueError("too large for this\nsecond line")
+
+    method = program.BenchmarkMethod("broken", True, refuse)
+    scores, _, refused = program.run(benchmark, [method], benchmark.bank())
+    assert not scores
+    assert refused == {"broken": "ValueError: too large for this"}
+
+
+def test_top_curvature_is_that_of_the_dense_hessian() -> None:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(50, 3, generator=g, dtype=torch.float64) * torch.tensor([1.0, 2.0, 4.0])
+    model = torch.nn.Linear(3, 1, bias=False, dtype=torch.float64)
+    y = torch.zeros(50, 1, dtype=torch.float64)
+    task = bi.Task(model, bi.Gaussian(), train=(x, y), query=(x, y))
+    exact = float(torch.linalg.eigvalsh(x.T @ x / 50)[-1])
+    assert top_curvature(task) == pytest.approx(exact, rel=1e-6)
+
+
+def test_measured_sees_seconds_and_memory() -> None:
+    with measured() as cost:
+        block = np.ones(40 << 17)  # 40 MiB
+        total = float(block.sum())
+    assert total == 40 << 17
+    assert 30 < cost.memory < 80
+    assert 0 < cost.cpu <= cost.wall + 0.5

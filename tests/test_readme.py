@@ -1,0 +1,58 @@
+"""The README's example runs, its commands install what is there, its names exist."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import bayesinf as bi
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def _blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_the_example_runs_and_its_chains_are_good(tmp_path: Path) -> None:
+    (example,) = _blocks("python")
+    assert len([line for line in example.splitlines() if line.strip()]) <= 16
+    code = f"import torch\ntorch.set_num_threads(1)\n{example}\n" + (
+        "assert scores.influence.shape == (50, 250)\n"
+        "both = [s.influence.values.ravel() for s in (scores, classical)]\n"
+        "import numpy as np\n"
+        "assert np.corrcoef(*both)[0, 1] > 0.5, np.corrcoef(*both)\n"
+    )
+    command = [sys.executable, "-W", "error", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "no sign of trouble" in done.stdout
+
+
+@pytest.mark.parametrize("extra", ["bench", "test"])
+def test_the_commands_install_extras_that_exist(extra: str) -> None:
+    commands = [block for block in _blocks("bash") if f"'.[{extra}]'" in block]
+    assert len(commands) == 1
+    assert commands[0].count("\n") == 1  # one command, one line
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert extra in project["optional-dependencies"]
+
+
+def test_every_function_of_the_method_table_exists() -> None:
+    rows = re.findall(r"^\| (`.*?) \|", README, flags=re.MULTILINE)
+    names = {name for row in rows for name in re.findall(r"`(\w+)", row)}
+    assert set(bi.METHODS) | {"bif"} == names
+    assert all(callable(getattr(bi, name)) for name in names)
+
+
+def test_files_that_it_names_are_there() -> None:
+    paths = re.findall(r"`((?:tutorials|benchmarks)/[\w./-]+)`|\]\(([\w./-]+\.png)\)", README)
+    named = [a or b for a, b in paths]
+    assert named
+    assert [path for path in named if not (ROOT / path).exists()] == []
