@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.data import Dataset, default_collate
 
 __all__ = ["Batch", "Examples", "resolve_ids"]
@@ -74,7 +74,7 @@ class Examples:
     ) -> None:
         self.name, self.device, self.dtype = name, device, dtype
         self._target = target
-        self._fetch: Callable[[Tensor], Batch]
+        self._fetch: Callable[[Tensor | slice], Batch]
         if isinstance(data, Mapping):
             tensors = {key: torch.as_tensor(value) for key, value in data.items()}
             self._hold(self._split(tensors))
@@ -120,7 +120,7 @@ class Examples:
 
     def _hold(self, batch: Batch) -> None:
         batch = tree_map(self._to, batch)
-        leaves = tree_flatten(batch)[0]
+        leaves, spec = tree_flatten(batch)
         lengths = {len(leaf) for leaf in leaves}
         if len(lengths) != 1:
             raise ValueError(
@@ -128,12 +128,14 @@ class Examples:
                 f"{sorted(lengths)} from shapes {[tuple(leaf.shape) for leaf in leaves]}."
             )
         self._n = lengths.pop()
-        self._fetch = lambda index: tree_map(lambda leaf: leaf[index], batch)
+        self._fetch = lambda index: tree_unflatten([leaf[index] for leaf in leaves], spec)
 
     def _hold_dataset(self, data: Any) -> None:
         self._n = len(data)
 
-        def fetch(index: Tensor) -> Batch:
+        def fetch(index: Tensor | slice) -> Batch:
+            if isinstance(index, slice):
+                index = torch.arange(self._n)[index]
             items = default_collate([data[int(i)] for i in index.flatten()])
             batch = tree_map(self._to, self._split(items))
             return tree_map(lambda leaf: leaf.reshape(*index.shape, *leaf.shape[1:]), batch)
@@ -144,10 +146,11 @@ class Examples:
         return self._n
 
     def batch(self, index: Tensor | slice | None = None) -> Batch:
-        """Fetch ``(inputs, target)`` at positions ``index``, which may have any shape."""
-        if index is None or isinstance(index, slice):
-            index = torch.arange(self._n)[index or slice(None)]
-        return self._fetch(index)
+        """Fetch ``(inputs, target)`` at positions ``index``, which may have any shape.
+
+        Of a slice, tensors that are held in memory give views.
+        """
+        return self._fetch(slice(None) if index is None else index)
 
     def batches(self, size: int) -> Iterator[tuple[slice, Batch]]:
         """Iterate over all examples in order, ``size`` at a time."""

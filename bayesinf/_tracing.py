@@ -1,8 +1,9 @@
 """Recording a computation over all chains once, and replaying it without the transforms' cost.
 
 ``torch.func.vmap`` dispatches every operation through Python at every call. :func:`record` runs it
-once, keeps the flat list of tensor operations (``make_fx``), drops those that do nothing and fuses
-matrix products with the bias that follows. The list holds for the shapes it was recorded at.
+once, keeps the flat list of tensor operations (``make_fx``), drops those that do nothing, fuses
+matrix products with the bias that follows and lets a ReLU overwrite the product before it. The
+list holds for the shapes it was recorded at.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ _NATIVE: dict[Any, Callable[..., Any]] = {  # the same operations, without the s
     _aten.unsqueeze.default: torch.unsqueeze,
     _aten.view.default: Tensor.view,
 }
+_PRODUCTS = (_aten.bmm.default, _aten.baddbmm.default, torch.bmm, torch.baddbmm)
 _RESHAPES = (_aten.view.default, _aten._unsafe_view.default, _aten.expand.default)
 
 
@@ -102,8 +104,21 @@ def _simplify(graph: Graph) -> None:
             _fuse_bias(graph, node)
     graph.eliminate_dead_code()
     for node in graph.nodes:
-        if not node.kwargs:
+        if _overwrites(node):
+            node.target = torch.relu_
+        elif not node.kwargs:
             node.target = _NATIVE.get(node.target, node.target)
+
+
+def _overwrites(node: Node) -> bool:
+    """Whether a ReLU may overwrite its input: a product that nothing else reads."""
+    source = node.args[0] if node.args else None
+    return (
+        node.target is _aten.relu.default
+        and isinstance(source, Node)
+        and source.target in _PRODUCTS
+        and len(source.users) == 1
+    )
 
 
 def _fuse_bias(graph: Graph, node: Node) -> None:
