@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import os
 import time
 import warnings
@@ -228,6 +229,19 @@ class _Plan:
     def ids(self, group: str) -> np.ndarray:
         return self.posterior.task.examples(group).ids[self.observed[group]]
 
+    def chunks(self, group: str, limit: int) -> Sequence[Tensor | slice]:
+        """Positions of the observed examples, up to ``limit`` at a time.
+
+        All chunks have one size where a size above ``limit/8`` divides both groups: the computation
+        is then recorded once for both. Slices, which need no copy, where all are observed in order.
+        """
+        where = self.observed[group]
+        common = math.gcd(*map(len, self.observed.values()))
+        size = next((s for s in range(limit, limit // 8, -1) if common % s == 0), limit)
+        if np.array_equal(where, np.arange(len(self.posterior.task.examples(group)))):
+            return [slice(i, i + size) for i in range(0, len(where), size)]
+        return torch.from_numpy(where).split(size)
+
     def config(self) -> dict[str, Any]:
         """Everything that decides a draw, JSON-able."""
         kernel = type(self.sampler).__name__
@@ -288,6 +302,7 @@ class _Run:
     ) -> None:
         self.plan, self.potential, self.traces = plan, potential, traces
         self.functions = potential.functions
+        self.chunks = {group: plan.chunks(group, potential.chunk) for group in plan.observed}
         self.drop = on_divergence == "drop"
         task = plan.posterior.task
         self.rng = ChainGenerators(plan.seed, plan.chains, task.device)
@@ -316,7 +331,7 @@ class _Run:
         with bar:
             if self.step < self.plan.warmup:
                 self._warm_up(bar)
-            buffer = _Buffer(self.plan.chains)
+            buffer = _Buffer(self.traces.chunk_draws)
             means: list[np.ndarray] = []
             while self.traces.draws + len(buffer) < draws:
                 self._advance(self.plan.thin, bar)
@@ -343,7 +358,7 @@ class _Run:
             bad = ~torch.isfinite(self.state["position"]).all(dim=1).cpu().numpy()
             self._stop_chains(bad, "its weights are not finite")
         self.state = self.plan.sampler.freeze(self.state)
-        self._commit(_Buffer(self.plan.chains))
+        self._commit(_Buffer())
 
     def _advance(self, steps: int, bar: tqdm[Any]) -> None:
         if self.step == 0 and self.plan.warmup == 0:
@@ -361,10 +376,9 @@ class _Run:
         out: dict[str, np.ndarray] = {}
         for group, wanted in self.plan.measurements.items():
             examples = self.plan.posterior.task.examples(group)
-            where = torch.from_numpy(self.plan.observed[group])
             parts = [
-                functions.observe(position, examples.batch(index), list(wanted.values()))
-                for index in where.split(self.potential.chunk)
+                functions.observe(position, examples.batch(where), list(wanted.values()))
+                for where in self.chunks[group]
             ]
             for k, name in enumerate(wanted):
                 joined = torch.cat([part[k] for part in parts], dim=1)
@@ -451,7 +465,8 @@ class _Run:
 class _Buffer:
     """Draws that are not written yet."""
 
-    def __init__(self, chains: int) -> None:
+    def __init__(self, chunk: int = 1) -> None:
+        self.chunk = chunk
         self.records: list[dict[str, np.ndarray]] = []
         self.since = time.monotonic()
 
@@ -463,7 +478,7 @@ class _Buffer:
 
     def full(self, traces: TraceStore) -> bool:
         """Whether a chunk is complete, or the last commit is long ago."""
-        whole = (traces.draws + len(self.records)) % traces.chunk_draws == 0
+        whole = (traces.draws + len(self.records)) % self.chunk == 0
         return whole or time.monotonic() - self.since > _COMMIT_SECONDS
 
     def take(self) -> dict[str, np.ndarray]:
