@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import xarray as xr
-from arviz_stats.base import array_stats
 
 if TYPE_CHECKING:
     from bayesinf._traces import TraceStore
@@ -20,6 +19,8 @@ class ConvergenceWarning(UserWarning):
 
 def rhat_of_means(means: np.ndarray) -> float:
     """Rank-normalised split R-hat of one quantity ``(chain, draw)``, failed chains left out."""
+    from arviz_stats.base import array_stats  # late: it takes a second, and matplotlib with it
+
     kept = means[np.isfinite(means).all(axis=1)]
     if len(kept) < 1 or kept.shape[1] < 4 or np.ptp(kept) == 0:
         return float("nan")
@@ -103,6 +104,8 @@ def diagnose(traces: TraceStore, *, max_examples: int | None = None) -> xr.Datas
 
 def _statistics(values: np.ndarray, superchains: np.ndarray) -> dict[str, np.ndarray]:
     """Per quantity of ``(chain, draw, quantity)``."""
+    from arviz_stats.base import array_stats
+
     quantities = values.shape[2]
     kinds = ["rhat", "ess_bulk"]
     groups = np.unique(superchains, return_counts=True)[1]
