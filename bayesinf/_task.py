@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_leaves
 
 from bayesinf._data import Batch, Examples
 from bayesinf._likelihoods import Likelihood, require
@@ -64,8 +65,9 @@ class Task:
     Raises
     ------
     ValueError
-        If a name matches nothing, the losses are not one finite number per example, the target
-        does not fit the likelihood, or two evaluations of the same batch differ.
+        If a name matches nothing, the model changes its inputs in place, the losses are not one
+        finite number per example, the target does not fit the likelihood, or two evaluations of
+        the same batch differ.
     TypeError
         If data or parameters are of a kind that cannot be used.
 
@@ -200,6 +202,8 @@ class Task:
         for data in (self.train, self.query):
             index = torch.arange(min(2, len(data)))
             batch = data.batch(index)
+            inputs = tree_leaves(batch[0])
+            versions = [leaf._version for leaf in inputs]
             with torch.no_grad():
                 outputs = self.outputs(self.params, batch)
                 check = getattr(self.likelihood, "check", None)
@@ -207,6 +211,12 @@ class Task:
                     check(outputs, batch[1])
                 losses = self.likelihood.loss(outputs, batch[1])
                 again = self.losses(self.params, data.batch(index))
+            if [leaf._version for leaf in inputs] != versions:
+                raise ValueError(
+                    f"{type(self.module).__name__} changes its inputs in place, and all chains see "
+                    f"the same ones. Write x = x - mean for x -= mean, and give a first activation "
+                    f"inplace=False."
+                )
             if tuple(losses.shape) != (len(index),):
                 raise ValueError(
                     f"the likelihood must return one loss per example, shape ({len(index)},) "

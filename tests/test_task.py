@@ -178,7 +178,9 @@ def test_ids_are_stored_in_64_bits():
 
 def test_unknown_ids_are_named(data, linear):
     task = make(linear, data, query_ids=[f"q{i}" for i in range(10)])
-    with pytest.raises(KeyError, match=r"unknown query ids \['q10'\]; ids run from 'q0' to 'q9' \(10 of"):
+    with pytest.raises(
+        KeyError, match=r"unknown query ids \['q10'\]; ids run from 'q0' to 'q9' \(10 of"
+    ):
         task.query.positions(["q3", "q10"])
 
 
@@ -475,6 +477,11 @@ class Random(nn.Linear):
         return super().forward(x + torch.rand_like(x))
 
 
+class InPlace(nn.Linear):
+    def forward(self, x):
+        return super().forward(x.sub_(1))
+
+
 class MeanLoss:
     def loss(self, outputs, target):
         return F.cross_entropy(outputs, target)
@@ -526,6 +533,11 @@ def test_errors_of_models(data, linear):
             make(model, data)
     with pytest.raises(ValueError, match="two evaluations of the same train examples differ"):
         make(seeded(lambda: Random(4, 3)), data)
+    kept = data[0].clone()
+    for given in (data, Items(data, "tuple")):
+        with pytest.raises(ValueError, match="InPlace changes its inputs in place"):
+            make(seeded(lambda: InPlace(4, 3)), given)
+    assert torch.equal(data[0], kept)
     with pytest.raises(ValueError, match="loss of a train example is not finite"):
         make(changed(linear, nan_weight), data)
     with pytest.raises(ValueError, match=r"one loss per example, shape \(2,\) here; got \(\)"):

@@ -97,7 +97,7 @@ def make_scores(
             raise ValueError(
                 f"{method}: {name} is not finite for {int(bad.sum())} of {bad.size} pairs, first "
                 f"query {query.tolist()[q]!r} and train {train.tolist()[t]!r}. Usual causes: inf "
-                f"or NaN in an example's loss or gradient, or a damping too small for the precision."
+                f"or NaN in an example's loss or gradient, or a damping too small for precision."
             )
     meta = {
         "method": method,
