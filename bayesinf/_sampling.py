@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import math
 import os
 import time
@@ -135,7 +136,7 @@ def sample(
         observe, measurements,
     )  # fmt: skip
     traces = _prepare_store(store, plan, draws)
-    if traces.failed and on_divergence == "raise":
+    if traces.failed and (on_divergence == "raise" or not traces.healthy):
         raise DivergenceError(_divergence_message(traces.failed, plan))
     if traces.draws >= draws:
         return traces
@@ -246,7 +247,7 @@ class _Plan:
         """Everything that decides a draw, JSON-able."""
         kernel = type(self.sampler).__name__
         settings = {k: v for k, v in asdict(self.sampler).items() if not isinstance(v, Tensor)}  # type: ignore[call-overload]
-        return {
+        config = {
             "task": self.posterior.task.fingerprint(),
             "posterior": self.posterior.config(),
             "sampler": {"kernel": kernel, **settings},
@@ -263,6 +264,8 @@ class _Plan:
                 for g, m in self.measurements.items()
             },
         }
+        plain: dict[str, Any] = json.loads(json.dumps(config, default=lambda number: number.item()))
+        return plain
 
 
 def _digest(ids: np.ndarray) -> str:
@@ -271,7 +274,8 @@ def _digest(ids: np.ndarray) -> str:
 
 
 def _function_name(function: Any) -> str:
-    return f"{function.__module__}.{function.__qualname__}"
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 def _prepare_store(
@@ -308,6 +312,8 @@ class _Run:
         self.rng = ChainGenerators(plan.seed, plan.chains, task.device)
         self.stream = BatchStream(plan.seed, plan.chains, task.n, plan.batch_size)
         self.failed: dict[int, str] = dict(traces.failed)
+        self.spent = float(traces.commit_facts.get("seconds", 0.0))  # by earlier calls
+        self.began = time.perf_counter()
         self.step = 0
         self.state: State = {}
         self.bound = self._default_bound() if bound is None else bound
@@ -340,7 +346,8 @@ class _Run:
                 means.append(record["train/loss"].mean(1))
                 if buffer.full(self.traces) or self.traces.draws + len(buffer) == draws:
                     self._commit(buffer)
-                    bar.set_postfix_str(_summary(np.stack(means, axis=1)), refresh=False)
+                    if progress:
+                        bar.set_postfix_str(_summary(np.stack(means, axis=1)), refresh=False)
 
     def _start(self) -> None:
         plan = self.plan
@@ -392,7 +399,8 @@ class _Run:
         lost = ~torch.isfinite(position).all(dim=1).cpu().numpy()
         self._stop_chains(lost, "its weights are not finite")
         for name, array in values.items():
-            self._stop_chains(~np.isfinite(array).all(axis=1), self._blame(name, array))
+            for c in np.flatnonzero(~np.isfinite(array).all(axis=1)):
+                self._stop_chains(np.arange(len(array)) == c, self._blame(name, array[c]))
         with np.errstate(invalid="ignore"):
             self._stop_chains(
                 loss > self.bound, f"its mean loss exceeded the bound {self.bound:.4g}"
@@ -410,13 +418,11 @@ class _Run:
         values["sample_stats/diverging"] = dead
         return values
 
-    def _blame(self, name: str, array: np.ndarray) -> str:
-        """Name the first example whose value is not finite."""
-        columns = np.flatnonzero(~np.isfinite(array).all(axis=0))
-        if not len(columns):
-            return ""
+    def _blame(self, name: str, row: np.ndarray) -> str:
+        """Name the first example whose value is not finite in a chain."""
+        first = np.flatnonzero(~np.isfinite(row))[0]
         group = name.split("/")[0]
-        return f"{name} of example {self.plan.ids(group)[columns[0]]!r} is not finite"
+        return f"{name} of example {self.plan.ids(group).tolist()[first]!r} is not finite"
 
     def _lp(self, position: Tensor, loss: np.ndarray) -> np.ndarray:
         """Log density, up to a constant; NaN where only a part of the train set is observed."""
@@ -444,7 +450,10 @@ class _Run:
         self.traces.append(buffer.take(), self._payload(), self._facts())
 
     def _facts(self) -> dict[str, Any]:
-        return {"failed": {str(c): why for c, why in self.failed.items()}}
+        return {
+            "failed": {str(c): why for c, why in self.failed.items()},
+            "seconds": self.spent + time.perf_counter() - self.began,
+        }
 
     def _payload(self) -> bytes:
         file = io.BytesIO()

@@ -21,7 +21,8 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -84,38 +85,15 @@ class TraceStore:
         draws: int,
     ) -> TraceStore:
         """Make an empty store; ``ids`` and ``measurements`` are by group."""
-        store = MemoryStore() if path is None else Path(path)
-        root = zarr.open_group(store, mode="w", zarr_format=3)
-        chains = int(config["chains"])
-        widest = max(len(v) for v in ids.values())
-        chunk = max(1, min(100, _CHUNK_VALUES // max(widest, 1)))
-        for group, labels in ids.items():
-            g = root.create_group(group)
-            _coordinate(g, group, labels)
-            _chain_draw(g, chains, draws)
-            for name in measurements[group]:
-                g.create_array(
-                    name,
-                    shape=(chains, draws, len(labels)),
-                    chunks=(1, chunk, max(1, min(len(labels), 4 * _CHUNK_VALUES))),
-                    dtype="float32",
-                    fill_value=float("nan"),
-                    dimension_names=["chain", "draw", group],
-                )
-        stats = root.create_group("sample_stats")
-        _chain_draw(stats, chains, draws)
-        for name, kind in _STATS.items():
-            fill: Any = False if kind == "bool" else float("nan")
-            stats.create_array(
-                name,
-                shape=(chains, draws),
-                chunks=(1, chunk),
-                dtype=kind,
-                fill_value=fill,
-                dimension_names=["chain", "draw"],
-            )
-        root.attrs.update({"config": dict(config), "identity": identity(config), **_versions()})
-        return cls(path, root, store)
+        if path is None:
+            store = MemoryStore()
+            return cls(None, _lay_out(store, config, ids, measurements, draws), store)
+        final = Path(path)
+        partial = final.with_name(f".{final.name}.partial")
+        with _disk(f"making a store at {os.fspath(path)!r}"):
+            _lay_out(partial, config, ids, measurements, draws)
+            os.rename(partial, final)  # whole or not at all, whenever the process is killed
+        return cls.open(path)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> TraceStore:
@@ -128,7 +106,12 @@ class TraceStore:
         """
         try:
             root = zarr.open_group(Path(path), mode="r+")
-        except (FileNotFoundError, zarr.errors.GroupNotFoundError) as error:
+        except (OSError, zarr.errors.ContainsArrayError) as error:
+            if os.path.exists(path):
+                raise StoreError(
+                    f"{os.fspath(path)!r} exists and is no trace store; give sample() another "
+                    f"path, it never overwrites what it did not write."
+                ) from error
             raise StoreError(
                 f"there is no trace store at {os.fspath(path)!r}. Make one with "
                 f"bayesinf.sample(..., store={os.fspath(path)!r})."
@@ -170,15 +153,16 @@ class TraceStore:
 
     def grow(self, draws: int) -> None:
         """Make room for ``draws`` draws in all."""
-        for _, array in self._arrays():
-            names = array.metadata.dimension_names or ()
-            if "draw" in names and array.shape[names.index("draw")] < draws:
-                shape = [
-                    draws if n == "draw" else s for n, s in zip(names, array.shape, strict=True)
-                ]
-                array.resize(tuple(shape))
-                if names == ("draw",):
-                    array[:] = np.arange(draws)
+        with _disk(f"making room for {draws} draws in {self.path}"):
+            for _, array in self._arrays():
+                names = array.metadata.dimension_names or ()
+                if "draw" in names and array.shape[names.index("draw")] < draws:
+                    shape = [
+                        draws if n == "draw" else s for n, s in zip(names, array.shape, strict=True)
+                    ]
+                    array.resize(tuple(shape))
+                if names == ("draw",) and array[-1] != array.shape[0] - 1:  # or after a kill here
+                    array[:] = np.arange(array.shape[0])
 
     def append(
         self, values: Mapping[str, np.ndarray], payload: bytes, extra: Mapping[str, Any]
@@ -201,16 +185,14 @@ class TraceStore:
         """
         count = {v.shape[1] for v in values.values()} or {0}
         (k,) = count
-        try:
+        with _disk(
+            f"writing {k} draws to {self.path}",
+            f"The {self.draws} draws before them are committed and intact; free space (or mend the "
+            f"disk) and call sample() again with the same arguments to go on.",
+        ):
             for name, array in values.items():
                 self._root[name][:, self.draws : self.draws + k] = array
             self._commit(self.draws + k, payload, extra)
-        except OSError as error:
-            raise StoreError(
-                f"writing draws {self.draws}–{self.draws + k - 1} to {self.path} failed: {error}. "
-                f"The {self.draws} draws before them are committed and intact; free space (or mend "
-                f"the disk) and call sample() again with the same arguments to go on."
-            ) from error
 
     def _commit(self, draws: int, payload: bytes, extra: Mapping[str, Any]) -> None:
         header = {"draws_written": draws, **extra}
@@ -268,9 +250,9 @@ class TraceStore:
 
     @property
     def superchains(self) -> np.ndarray:
-        """Superchain of each healthy chain."""
+        """Superchain of each healthy chain; those with a healthy chain are numbered from 0."""
         per = self.chains // int(self.config["superchains"])
-        return np.asarray(self.healthy) // per
+        return np.unique(np.asarray(self.healthy) // per, return_inverse=True)[1]
 
     @property
     def tree(self) -> xr.DataTree:
@@ -390,6 +372,56 @@ def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
+
+
+def _lay_out(
+    store: Any,
+    config: Mapping[str, Any],
+    ids: Mapping[str, np.ndarray],
+    measurements: Mapping[str, list[str]],
+    draws: int,
+) -> Any:
+    """Make the groups, arrays and attributes of an empty store, and return its root group."""
+    root = zarr.open_group(store, mode="w", zarr_format=3)
+    chains = int(config["chains"])
+    widest = max(len(v) for v in ids.values())
+    chunk = max(1, min(100, _CHUNK_VALUES // max(widest, 1)))
+    for group, labels in ids.items():
+        g = root.create_group(group)
+        _coordinate(g, group, labels)
+        _chain_draw(g, chains, draws)
+        for name in measurements[group]:
+            g.create_array(
+                name,
+                shape=(chains, draws, len(labels)),
+                chunks=(1, chunk, max(1, min(len(labels), 4 * _CHUNK_VALUES))),
+                dtype="float32",
+                fill_value=float("nan"),
+                dimension_names=["chain", "draw", group],
+            )
+    stats = root.create_group("sample_stats")
+    _chain_draw(stats, chains, draws)
+    for name, kind in _STATS.items():
+        fill: Any = False if kind == "bool" else float("nan")
+        stats.create_array(
+            name,
+            shape=(chains, draws),
+            chunks=(1, chunk),
+            dtype=kind,
+            fill_value=fill,
+            dimension_names=["chain", "draw"],
+        )
+    root.attrs.update({"config": dict(config), "identity": identity(config), **_versions()})
+    return root
+
+
+@contextmanager
+def _disk(doing: str, advice: str = "Free space and try again.") -> Iterator[None]:
+    """Turn a refusal of the disk into a :class:`StoreError` that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(f"{doing} failed: {error}. {advice}") from error
 
 
 def _chain_draw(group: zarr.Group, chains: int, draws: int) -> None:
