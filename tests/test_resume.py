@@ -271,7 +271,9 @@ def test_kill_twice(tmp_path, kernel, first):
     kept = bi.open_traces(path)
     assert kept.draws > 0 if first[0] > 20 else kept.draws == 0
     begins = 20 + 2 * kept.draws if kept.draws else 0
-    assert killed(path, kernel, moment.randrange(max(begins, 25) + 4, 97)) == begins
+    assert (
+        killed(path, kernel, moment.randrange(max(begins, 25) + 4, max(begins + 6, 90))) == begins
+    )
     kept = bi.open_traces(path)
     assert begins < 20 + 2 * kept.draws <= 100
     same(kept, run(None, kernel, draws=kept.draws))
