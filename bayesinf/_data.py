@@ -158,11 +158,11 @@ class Examples:
             where = slice(start, min(start + size, self._n))
             yield where, self.batch(where)
 
-    def to(self, device: torch.device) -> Examples:
-        """Return the same examples with batches on another device."""
+    def to(self, device: torch.device, dtype: torch.dtype) -> Examples:
+        """Return the same examples with batches on another device or in another precision."""
         moved = copy.copy(self)
-        fetch, moved.device = self._fetch, device
-        moved._fetch = lambda index: tree_map(lambda leaf: leaf.to(device), fetch(index))
+        fetch, moved.device, moved.dtype = self._fetch, device, dtype
+        moved._fetch = lambda index: tree_map(moved._to, fetch(index))
         return moved
 
     def positions(self, ids: Sequence[Any] | np.ndarray) -> np.ndarray:

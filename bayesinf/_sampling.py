@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
-import math
 import os
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +17,7 @@ from tqdm.auto import tqdm
 
 from bayesinf._diagnostics import rhat_of_means
 from bayesinf._gradients import ChainFunctions
+from bayesinf._plan import Plan
 from bayesinf._posterior import LocalPosterior, Potential
 from bayesinf._rng import BatchStream, ChainGenerators, starting_points
 from bayesinf._task import Measurement
@@ -131,7 +129,7 @@ def sample(
     """
     if device is not None:
         posterior = replace(posterior, task=posterior.task.to(torch.device(device)))
-    plan = _Plan.make(
+    plan = Plan.make(
         posterior, sampler, draws, warmup, chains, thin, batch_size, seed, superchains, jitter,
         observe, measurements,
     )  # fmt: skip
@@ -154,132 +152,8 @@ def sample(
     return traces
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What decides a draw: the identity of a run."""
-
-    posterior: LocalPosterior
-    sampler: Sampler
-    warmup: int
-    chains: int
-    thin: int
-    batch_size: int | None
-    seed: int
-    superchains: int
-    jitter: float
-    observed: dict[str, np.ndarray]
-    measurements: dict[str, dict[str, Measurement]]
-
-    @classmethod
-    def make(
-        cls,
-        posterior: LocalPosterior,
-        sampler: Sampler,
-        draws: int,
-        warmup: int,
-        chains: int,
-        thin: int,
-        batch_size: int | None,
-        seed: int,
-        superchains: int | None,
-        jitter: float,
-        observe: Mapping[str, Sequence[Any] | None] | None,
-        measurements: Sequence[str] | Mapping[str, Measurement],
-    ) -> _Plan:
-        least = (
-            ("draws", draws, 1),
-            ("warmup", warmup, 0),
-            ("chains", chains, 1),
-            ("thin", thin, 1),
-        )
-        for name, value, low in least:
-            if value < low:
-                raise ValueError(f"{name} must be at least {low}; got {value}.")
-        groups = superchains or (4 if chains % 4 == 0 else chains)
-        if chains % groups:
-            raise ValueError(f"chains={chains} must be a multiple of superchains={groups}.")
-        if jitter > 0 and posterior.prior_precision == 0:
-            raise ValueError(
-                "starting points are spread by the prior's width 1/√(γ + nβ·wd), which is infinite "
-                "here: give the posterior gamma > 0, or start all chains at w0 with jitter=0."
-            )
-        named: dict[str, Measurement] = (
-            dict(measurements)
-            if isinstance(measurements, Mapping)
-            else {name: name for name in measurements}
-        )
-        task = posterior.task
-        observed = {}
-        for group in ("train", "query"):
-            ids = (observe or {}).get(group)
-            examples = task.examples(group)
-            observed[group] = np.arange(len(examples)) if ids is None else examples.positions(ids)
-            if not len(observed[group]):
-                raise ValueError(f"observe[{group!r}] is empty; None means all examples.")
-        unknown = set(observe or {}) - {"train", "query"}
-        if unknown:
-            raise ValueError(f"observe= knows 'train' and 'query'; got {sorted(unknown)}.")
-        if batch_size == task.n:
-            batch_size = None
-        BatchStream(seed, chains, task.n, batch_size)
-        return cls(
-            posterior, sampler, warmup, chains, thin, batch_size, seed, groups, float(jitter),
-            observed, {"train": {"loss": "loss"}, "query": {"loss": "loss", **named}},
-        )  # fmt: skip
-
-    def ids(self, group: str) -> np.ndarray:
-        return self.posterior.task.examples(group).ids[self.observed[group]]
-
-    def chunks(self, group: str, limit: int) -> Sequence[Tensor | slice]:
-        """Positions of the observed examples, up to ``limit`` at a time.
-
-        All chunks have one size where a size above ``limit/8`` divides both groups: the computation
-        is then recorded once for both. Slices, which need no copy, where all are observed in order.
-        """
-        where = self.observed[group]
-        common = math.gcd(*map(len, self.observed.values()))
-        size = next((s for s in range(limit, limit // 8, -1) if common % s == 0), limit)
-        if np.array_equal(where, np.arange(len(self.posterior.task.examples(group)))):
-            return [slice(i, i + size) for i in range(0, len(where), size)]
-        return torch.from_numpy(where).split(size)
-
-    def config(self) -> dict[str, Any]:
-        """Everything that decides a draw, JSON-able."""
-        kernel = type(self.sampler).__name__
-        settings = {k: v for k, v in asdict(self.sampler).items() if not isinstance(v, Tensor)}  # type: ignore[call-overload]
-        config = {
-            "task": self.posterior.task.fingerprint(),
-            "posterior": self.posterior.config(),
-            "sampler": {"kernel": kernel, **settings},
-            "warmup": self.warmup,
-            "chains": self.chains,
-            "thin": self.thin,
-            "batch_size": self.batch_size,
-            "seed": self.seed,
-            "superchains": self.superchains,
-            "jitter": self.jitter,
-            "observed": {g: _digest(self.ids(g)) for g in self.observed},
-            "measurements": {
-                g: {k: v if isinstance(v, str) else _function_name(v) for k, v in m.items()}
-                for g, m in self.measurements.items()
-            },
-        }
-        plain: dict[str, Any] = json.loads(json.dumps(config, default=lambda number: number.item()))
-        return plain
-
-
-def _digest(ids: np.ndarray) -> str:
-    digest = hashlib.sha256("\x1f".join(map(str, ids.tolist())).encode()).hexdigest()[:16]
-    return f"{len(ids)} examples, {digest}"
-
-
-def _function_name(function: Any) -> str:
-    named = function if hasattr(function, "__qualname__") else type(function)
-    return f"{named.__module__}.{named.__qualname__}"
-
-
 def _prepare_store(
-    store: str | os.PathLike[str] | TraceStore | None, plan: _Plan, draws: int
+    store: str | os.PathLike[str] | TraceStore | None, plan: Plan, draws: int
 ) -> TraceStore:
     config = plan.config()
     if store is not None and not isinstance(store, TraceStore) and os.path.exists(store):
@@ -298,7 +172,7 @@ class _Run:
 
     def __init__(
         self,
-        plan: _Plan,
+        plan: Plan,
         potential: Potential,
         traces: TraceStore,
         bound: float | None,
@@ -503,7 +377,7 @@ def _summary(means: np.ndarray) -> str:
     return f"loss {np.nanmean(means):.4g}, R-hat {rhat_of_means(means):.3f}"
 
 
-def _divergence_message(failed: Mapping[int, str], plan: _Plan) -> str:
+def _divergence_message(failed: Mapping[int, str], plan: Plan) -> str:
     rows = "\n".join(f"  chain {c}: {why}" for c, why in sorted(failed.items()))
     p = plan.posterior
     return (

@@ -162,17 +162,21 @@ class Task:
             )
         }
 
-    def to(self, device: torch.device | str) -> Task:
-        """Return the same task on another device; this one stays where it is."""
-        device = torch.device(device)
-        if device == self.device:
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Task:
+        """Return the same task on another device or in another precision; this one stays."""
+        device = self.device if device is None else torch.device(device)
+        dtype = self.dtype if dtype is None else dtype
+        if (device, dtype) == (self.device, self.dtype):
             return self
         moved = copy.copy(self)
-        moved.device = device
-        moved.module = copy.deepcopy(self.module).to(device)
+        moved.device, moved.dtype = device, dtype
+        moved.module = copy.deepcopy(self.module).to(device, dtype)
         own = dict(moved.module.named_parameters())
         moved.params = {name: own[name].detach() for name in self.params}
-        moved.train, moved.query = self.train.to(device), self.query.to(device)
+        moved.train = self.train.to(device, dtype)
+        moved.query = self.query.to(device, dtype)
         return moved
 
     # ------------------------------------------------------------------ identity

@@ -17,7 +17,6 @@ overwritten when sampling goes on. Nothing here knows of torch: the state is byt
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import warnings
@@ -31,10 +30,9 @@ import xarray as xr
 import zarr
 from zarr.storage import MemoryStore
 
-__all__ = ["FailedChainsWarning", "StoreError", "TraceStore", "open_traces"]
+from bayesinf._layout import flatten_config, identity, lay_out
 
-_CHUNK_VALUES = 1 << 18
-_STATS = {"lp": "float64", "step_size": "float64", "diverging": "bool", "distance": "float64"}
+__all__ = ["FailedChainsWarning", "StoreError", "TraceStore", "open_traces"]
 
 
 class StoreError(RuntimeError):
@@ -87,11 +85,11 @@ class TraceStore:
         """Make an empty store; ``ids`` and ``measurements`` are by group."""
         if path is None:
             store = MemoryStore()
-            return cls(None, _lay_out(store, config, ids, measurements, draws), store)
+            return cls(None, lay_out(store, config, ids, measurements, draws), store)
         final = Path(path)
         partial = final.with_name(f".{final.name}.partial")
         with _disk(f"making a store at {os.fspath(path)!r}"):
-            _lay_out(partial, config, ids, measurements, draws)
+            lay_out(partial, config, ids, measurements, draws)
             os.rename(partial, final)  # whole or not at all, whenever the process is killed
         return cls.open(path)
 
@@ -127,7 +125,7 @@ class TraceStore:
         """Raise :class:`StoreError` where ``config`` differs, showing both values."""
         if identity(config) == self._root.attrs["identity"]:
             return
-        mine, theirs = _flatten(self.config), _flatten(json.loads(json.dumps(config)))
+        mine, theirs = flatten_config(self.config), flatten_config(json.loads(json.dumps(config)))
         rows = [
             f"  {key}: store has {mine.get(key)!r}, asked for {theirs.get(key)!r}"
             for key in sorted(mine.keys() | theirs.keys())
@@ -359,62 +357,6 @@ def open_traces(path: str | os.PathLike[str]) -> TraceStore:
     return TraceStore.open(path)
 
 
-def identity(config: Mapping[str, Any]) -> str:
-    """Hash of a configuration."""
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            flat.update(_flatten(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
-def _lay_out(
-    store: Any,
-    config: Mapping[str, Any],
-    ids: Mapping[str, np.ndarray],
-    measurements: Mapping[str, list[str]],
-    draws: int,
-) -> Any:
-    """Make the groups, arrays and attributes of an empty store, and return its root group."""
-    root = zarr.open_group(store, mode="w", zarr_format=3)
-    chains = int(config["chains"])
-    widest = max(len(v) for v in ids.values())
-    chunk = max(1, min(100, _CHUNK_VALUES // max(widest, 1)))
-    for group, labels in ids.items():
-        g = root.create_group(group)
-        _coordinate(g, group, labels)
-        _chain_draw(g, chains, draws)
-        for name in measurements[group]:
-            g.create_array(
-                name,
-                shape=(chains, draws, len(labels)),
-                chunks=(1, chunk, max(1, min(len(labels), 4 * _CHUNK_VALUES))),
-                dtype="float32",
-                fill_value=float("nan"),
-                dimension_names=["chain", "draw", group],
-            )
-    stats = root.create_group("sample_stats")
-    _chain_draw(stats, chains, draws)
-    for name, kind in _STATS.items():
-        fill: Any = False if kind == "bool" else float("nan")
-        stats.create_array(
-            name,
-            shape=(chains, draws),
-            chunks=(1, chunk),
-            dtype=kind,
-            fill_value=fill,
-            dimension_names=["chain", "draw"],
-        )
-    root.attrs.update({"config": dict(config), "identity": identity(config), **_versions()})
-    return root
-
-
 @contextmanager
 def _disk(doing: str, advice: str = "Free space and try again.") -> Iterator[None]:
     """Turn a refusal of the disk into a :class:`StoreError` that says what to do."""
@@ -422,21 +364,3 @@ def _disk(doing: str, advice: str = "Free space and try again.") -> Iterator[Non
         yield
     except OSError as error:
         raise StoreError(f"{doing} failed: {error}. {advice}") from error
-
-
-def _chain_draw(group: zarr.Group, chains: int, draws: int) -> None:
-    _coordinate(group, "chain", np.arange(chains))
-    _coordinate(group, "draw", np.arange(draws))
-
-
-def _coordinate(group: zarr.Group, name: str, labels: np.ndarray) -> None:
-    text = labels.dtype.kind in "UTO"
-    kind: Any = str if text else labels.dtype
-    array = group.create_array(name, shape=labels.shape, dtype=kind, dimension_names=[name])
-    array[:] = labels.astype(np.dtypes.StringDType()) if text else labels
-
-
-def _versions() -> dict[str, str]:
-    import bayesinf
-
-    return {"bayesinf_version": bayesinf.__version__, "zarr_version": zarr.__version__}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import xarray as xr
 
 from bayesinf._task import Measurement, Task
@@ -16,7 +17,6 @@ from bayesinf.attribution._pairwise import (
 )
 from bayesinf.attribution._scores import make_scores, register
 from bayesinf.curvature._accounting import Costs
-from bayesinf.curvature._double import in_double
 from bayesinf.curvature._gauss_newton import DenseInverse, fit_gauss_newton
 from bayesinf.curvature._sources import GradientSource
 
@@ -80,7 +80,7 @@ def gauss_newton(
     damping = require_damping(damping, positive=False)
     require_batch_size(batch_size)
     costs = Costs()
-    double = in_double(task)
+    double = task.to(dtype=torch.float64)
     with GradientSource(double, all_layers(double), costs) as source:
         inverse = fit_gauss_newton(
             double,

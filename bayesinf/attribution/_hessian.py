@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import xarray as xr
 
 from bayesinf._task import Measurement, Task
@@ -13,7 +14,6 @@ from bayesinf.attribution._pairwise import (
 )
 from bayesinf.attribution._scores import make_scores, register
 from bayesinf.curvature._accounting import Costs
-from bayesinf.curvature._double import in_double
 from bayesinf.curvature._hessian import fit_hessian
 from bayesinf.curvature._sources import GradientSource
 
@@ -69,7 +69,7 @@ def hessian(
     damping = require_damping(damping, positive=False)
     require_batch_size(batch_size)
     costs = Costs()
-    double = in_double(task)
+    double = task.to(dtype=torch.float64)
     inverse = fit_hessian(
         double, damping, batch_size=batch_size, memory_limit=memory_limit, costs=costs
     )

@@ -1,0 +1,90 @@
+"""How a trace store is laid out on Zarr, and what identifies its draws."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import zarr
+
+__all__ = ["flatten_config", "identity", "lay_out"]
+
+_CHUNK_VALUES = 1 << 18
+_STATS = {"lp": "float64", "step_size": "float64", "diverging": "bool", "distance": "float64"}
+
+
+def identity(config: Mapping[str, Any]) -> str:
+    """Hash of a configuration."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def flatten_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten_config(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def lay_out(
+    store: Any,
+    config: Mapping[str, Any],
+    ids: Mapping[str, np.ndarray],
+    measurements: Mapping[str, list[str]],
+    draws: int,
+) -> Any:
+    """Make the groups, arrays and attributes of an empty store, and return its root group."""
+    root = zarr.open_group(store, mode="w", zarr_format=3)
+    chains = int(config["chains"])
+    widest = max(len(v) for v in ids.values())
+    chunk = max(1, min(100, _CHUNK_VALUES // max(widest, 1)))
+    for group, labels in ids.items():
+        g = root.create_group(group)
+        _coordinate(g, group, labels)
+        _chain_draw(g, chains, draws)
+        for name in measurements[group]:
+            g.create_array(
+                name,
+                shape=(chains, draws, len(labels)),
+                chunks=(1, chunk, max(1, min(len(labels), 4 * _CHUNK_VALUES))),
+                dtype="float32",
+                fill_value=float("nan"),
+                dimension_names=["chain", "draw", group],
+            )
+    stats = root.create_group("sample_stats")
+    _chain_draw(stats, chains, draws)
+    for name, kind in _STATS.items():
+        fill: Any = False if kind == "bool" else float("nan")
+        stats.create_array(
+            name,
+            shape=(chains, draws),
+            chunks=(1, chunk),
+            dtype=kind,
+            fill_value=fill,
+            dimension_names=["chain", "draw"],
+        )
+    root.attrs.update({"config": dict(config), "identity": identity(config), **_versions()})
+    return root
+
+
+def _chain_draw(group: zarr.Group, chains: int, draws: int) -> None:
+    _coordinate(group, "chain", np.arange(chains))
+    _coordinate(group, "draw", np.arange(draws))
+
+
+def _coordinate(group: zarr.Group, name: str, labels: np.ndarray) -> None:
+    text = labels.dtype.kind in "UTO"
+    kind: Any = str if text else labels.dtype
+    array = group.create_array(name, shape=labels.shape, dtype=kind, dimension_names=[name])
+    array[:] = labels.astype(np.dtypes.StringDType()) if text else labels
+
+
+def _versions() -> dict[str, str]:
+    import bayesinf
+
+    return {"bayesinf_version": bayesinf.__version__, "zarr_version": zarr.__version__}

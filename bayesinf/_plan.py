@@ -1,0 +1,145 @@
+"""What decides a draw: the checked settings of a run, and their identity."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bayesinf._posterior import LocalPosterior
+from bayesinf._rng import BatchStream
+from bayesinf._task import Measurement
+from bayesinf.samplers import Sampler
+
+__all__ = ["Plan"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What decides a draw: the identity of a run."""
+
+    posterior: LocalPosterior
+    sampler: Sampler
+    warmup: int
+    chains: int
+    thin: int
+    batch_size: int | None
+    seed: int
+    superchains: int
+    jitter: float
+    observed: dict[str, np.ndarray]
+    measurements: dict[str, dict[str, Measurement]]
+
+    @classmethod
+    def make(
+        cls,
+        posterior: LocalPosterior,
+        sampler: Sampler,
+        draws: int,
+        warmup: int,
+        chains: int,
+        thin: int,
+        batch_size: int | None,
+        seed: int,
+        superchains: int | None,
+        jitter: float,
+        observe: Mapping[str, Sequence[Any] | None] | None,
+        measurements: Sequence[str] | Mapping[str, Measurement],
+    ) -> Plan:
+        least = (
+            ("draws", draws, 1),
+            ("warmup", warmup, 0),
+            ("chains", chains, 1),
+            ("thin", thin, 1),
+        )
+        for name, value, low in least:
+            if value < low:
+                raise ValueError(f"{name} must be at least {low}; got {value}.")
+        groups = superchains or (4 if chains % 4 == 0 else chains)
+        if chains % groups:
+            raise ValueError(f"chains={chains} must be a multiple of superchains={groups}.")
+        if jitter > 0 and posterior.prior_precision == 0:
+            raise ValueError(
+                "starting points are spread by the prior's width 1/√(γ + nβ·wd), which is infinite "
+                "here: give the posterior gamma > 0, or start all chains at w0 with jitter=0."
+            )
+        named: dict[str, Measurement] = (
+            dict(measurements)
+            if isinstance(measurements, Mapping)
+            else {name: name for name in measurements}
+        )
+        task = posterior.task
+        observed = {}
+        for group in ("train", "query"):
+            ids = (observe or {}).get(group)
+            examples = task.examples(group)
+            observed[group] = np.arange(len(examples)) if ids is None else examples.positions(ids)
+            if not len(observed[group]):
+                raise ValueError(f"observe[{group!r}] is empty; None means all examples.")
+        unknown = set(observe or {}) - {"train", "query"}
+        if unknown:
+            raise ValueError(f"observe= knows 'train' and 'query'; got {sorted(unknown)}.")
+        if batch_size == task.n:
+            batch_size = None
+        BatchStream(seed, chains, task.n, batch_size)
+        return cls(
+            posterior, sampler, warmup, chains, thin, batch_size, seed, groups, float(jitter),
+            observed, {"train": {"loss": "loss"}, "query": {"loss": "loss", **named}},
+        )  # fmt: skip
+
+    def ids(self, group: str) -> np.ndarray:
+        return self.posterior.task.examples(group).ids[self.observed[group]]
+
+    def chunks(self, group: str, limit: int) -> Sequence[Tensor | slice]:
+        """Positions of the observed examples, up to ``limit`` at a time.
+
+        All chunks have one size where a size above ``limit/8`` divides both groups: the computation
+        is then recorded once for both. Slices, which need no copy, where all are observed in order.
+        """
+        where = self.observed[group]
+        common = math.gcd(*map(len, self.observed.values()))
+        size = next((s for s in range(limit, limit // 8, -1) if common % s == 0), limit)
+        if np.array_equal(where, np.arange(len(self.posterior.task.examples(group)))):
+            return [slice(i, i + size) for i in range(0, len(where), size)]
+        return torch.from_numpy(where).split(size)
+
+    def config(self) -> dict[str, Any]:
+        """Everything that decides a draw, JSON-able."""
+        kernel = type(self.sampler).__name__
+        settings = {k: v for k, v in asdict(self.sampler).items() if not isinstance(v, Tensor)}  # type: ignore[call-overload]
+        config = {
+            "task": self.posterior.task.fingerprint(),
+            "posterior": self.posterior.config(),
+            "sampler": {"kernel": kernel, **settings},
+            "warmup": self.warmup,
+            "chains": self.chains,
+            "thin": self.thin,
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "superchains": self.superchains,
+            "jitter": self.jitter,
+            "observed": {g: _digest(self.ids(g)) for g in self.observed},
+            "measurements": {
+                g: {k: v if isinstance(v, str) else _function_name(v) for k, v in m.items()}
+                for g, m in self.measurements.items()
+            },
+        }
+        plain: dict[str, Any] = json.loads(json.dumps(config, default=lambda number: number.item()))
+        return plain
+
+
+def _digest(ids: np.ndarray) -> str:
+    digest = hashlib.sha256("\x1f".join(map(str, ids.tolist())).encode()).hexdigest()[:16]
+    return f"{len(ids)} examples, {digest}"
+
+
+def _function_name(function: Any) -> str:
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}.{named.__qualname__}"
