@@ -14,7 +14,7 @@ import zarr
 from arviz_stats.base import array_stats
 
 import bayesinf as bi
-from bayesinf import _sampling, _traces
+from bayesinf import _layout, _sampling, _traces
 from tests import interrupted
 from tests.interrupted import run
 
@@ -74,7 +74,7 @@ def test_many_draws_at_once_or_one_at_a_time(tmp_path, kernel, disk, draws):
 
 def test_a_chunk_ends_in_the_middle(tmp_path, monkeypatch):
     """Chunks of 7 draws: parts that end before, on and after their edges."""
-    monkeypatch.setattr(_traces, "_CHUNK_VALUES", 7 * 12)
+    monkeypatch.setattr(_layout, "_CHUNK_VALUES", 7 * 12)
     path = tmp_path / "t.zarr"
     for draws in (3, 7, 8, 21, 40):
         traces = run(path, "SGLD", draws=draws)
@@ -131,7 +131,7 @@ def full(*_, **__):
 def test_a_full_disk(tmp_path, monkeypatch, kernel, where, after):
     """The write number ``after`` fails: at the end of warm-up, or in sampling."""
     path, count = tmp_path / "t.zarr", [0]
-    monkeypatch.setattr(_traces, "_CHUNK_VALUES", 10 * 12)  # commits at 0, 10, 20, … draws
+    monkeypatch.setattr(_layout, "_CHUNK_VALUES", 10 * 12)  # commits at 0, 10, 20, … draws
 
     def failing(original, only=""):
         def sometimes(*args):
@@ -228,7 +228,7 @@ def test_a_kill_while_the_store_is_made(tmp_path, monkeypatch):
 
     path = tmp_path / "t.zarr"
     with monkeypatch.context() as broken:
-        broken.setattr(_traces, "_coordinate", kill)
+        broken.setattr(_layout, "_coordinate", kill)
         with pytest.raises(Kill):
             run(path, "SGLD")
     assert not path.exists()
