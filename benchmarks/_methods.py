@@ -1,8 +1,8 @@
 """The methods that the LDS benchmark compares, with their settings: one rule for all tasks.
 
 Nothing here was chosen on the evaluation subsets. Classical methods: EK-FAC's and K-FAC's usual
-relative damping (0.1 × the mean eigenvalue of a layer; Grosse et al. 2023), the Gauss–Newton
-reference at λ = 0.01. Bayesian ones, by a rule in units of the problem:
+relative damping (0.1 × the mean eigenvalue of a layer; Grosse et al. 2023); the dense references
+have the damping of the Bayesian ones. These follow a rule in units of the problem:
 
 * ``n_beta = n``, total damping ``λ = γ/(nβ) + weight decay = 0.1``;
 * step size ``0.3 / (nβ (λ_max + λ))``, with ``λ_max`` the top Hessian eigenvalue of the mean loss
@@ -86,6 +86,6 @@ METHODS = (
         "normalised BIF, tilted SGLD", False, _bif("sgld", "tilted", normalize="correlation")
     ),
     BenchmarkMethod("GradCos", False, _classical(bi.grad_cos)),
-    BenchmarkMethod("Gauss–Newton, dense", False, _classical(bi.gauss_newton, damping=0.01)),
+    BenchmarkMethod("Gauss–Newton, dense", False, _classical(bi.gauss_newton, damping=DAMPING)),
     BenchmarkMethod("Hessian, dense", False, _classical(bi.hessian, damping=DAMPING)),
 )
