@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from bayesinf._diagnostics import rhat_of_means
 from bayesinf._gradients import ChainFunctions
@@ -221,7 +221,7 @@ class _Run:
                 if buffer.full(self.traces) or self.traces.draws + len(buffer) == draws:
                     self._commit(buffer)
                     if progress:
-                        bar.set_postfix_str(_summary(np.stack(means, axis=1)), refresh=False)
+                        bar.set_postfix_str(_summary(np.stack(means, axis=1)))
 
     def _start(self) -> None:
         plan = self.plan
