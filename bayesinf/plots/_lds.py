@@ -89,7 +89,7 @@ def plot_lds_time(
     Returns
     -------
     Axes
-        With a labelled point for each method.
+        With a point for each method, named in the legend.
 
     Raises
     ------
@@ -104,15 +104,15 @@ def plot_lds_time(
         raise ValueError(
             "no method of the table has its seconds; attrs['seconds'] of the scores sets them."
         )
-    ax = ax if ax is not None else _new_axes((6.0, 4.0))
-    seconds, score = table["seconds"].values, table["lds"].values
-    ax.errorbar(seconds, score, yerr=_whiskers(table), **_points())
-    for name, x, y in zip(table["scorer"].values, seconds, score, strict=True):
+    ax = ax if ax is not None else _new_axes((7.0, 4.0))
+    seconds, score, whiskers = table["seconds"].values, table["lds"].values, _whiskers(table)
+    for k, name in enumerate(table["scorer"].values):
         text = (labels or {}).get(str(name), str(name))
-        ax.annotate(text, (x, y), xytext=(6, 4), textcoords="offset points", fontsize="small")
+        style = {**_points(), "color": f"C{k}", "label": text}
+        ax.errorbar(seconds[k], score[k], yerr=whiskers[:, k : k + 1], **style)
     if "ceiling" in table:
         ax.axhline(float(table["ceiling"]), color=CEILING, linestyle="--", label="noise ceiling")
-        ax.legend(frameon=False, loc="lower right")
+    ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1.0))
     ax.set_xscale("log")
     ax.margins(x=0.2)
     ax.set_xlabel("seconds")

@@ -37,11 +37,11 @@ def table() -> xr.Dataset:
 
 
 def points(ax: object) -> np.ndarray:
-    return np.stack(ax.containers[0].lines[0].get_data(), axis=1)
+    return np.concatenate([np.stack(c.lines[0].get_data(), axis=1) for c in ax.containers])
 
 
 def whiskers(ax: object) -> np.ndarray:
-    return np.array(ax.containers[0].lines[2][0].get_segments())
+    return np.concatenate([np.array(c.lines[2][0].get_segments()) for c in ax.containers])
 
 
 def test_points_intervals_and_ceiling(table: xr.Dataset) -> None:
@@ -64,12 +64,17 @@ def test_time(table: xr.Dataset) -> None:
     assert ax.get_xscale() == "log"
     np.testing.assert_allclose(points(ax), [[1, 0.3], [100, 0.6]])
     np.testing.assert_allclose(whiskers(ax)[1, :, 1], [0.55, 0.62])
-    assert [t.get_text() for t in ax.texts] == ["b", "a"]
+    named = {handle.get_label(): handle.lines[0].get_color() for handle in ax.containers}
+    assert list(named) == ["b", "a"]
+    assert len(set(named.values())) == 2
+    assert {t.get_text() for t in ax.get_legend().get_texts()} == {"b", "a", "noise ceiling"}
 
 
 def test_without_a_ceiling(table: xr.Dataset) -> None:
-    for draw in (plot_lds, plot_lds_time):
-        assert draw(table.drop_vars("ceiling")).get_legend() is None
+    bare = table.drop_vars("ceiling")
+    assert plot_lds(bare).get_legend() is None
+    texts = plot_lds_time(bare).get_legend().get_texts()
+    assert {t.get_text() for t in texts} == {"b", "a"}
 
 
 def test_refusals(table: xr.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
