@@ -109,7 +109,8 @@ def plot_lds_time(
     for k, name in enumerate(table["scorer"].values):
         text = (labels or {}).get(str(name), str(name))
         style = {**_points(), "color": f"C{k}", "label": text}
-        ax.errorbar(seconds[k], score[k], yerr=whiskers[:, k : k + 1], **style)
+        own = slice(k, k + 1)
+        ax.errorbar(seconds[own], score[own], yerr=whiskers[:, own], **style)
     if "ceiling" in table:
         ax.axhline(float(table["ceiling"]), color=CEILING, linestyle="--", label="noise ceiling")
     ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1.0))
