@@ -302,9 +302,7 @@ def test_frequent_commits_change_nothing(monkeypatch):
 
 def test_progress_shows_the_loss_and_its_rhat(monkeypatch, capsys):
     said = []
-    monkeypatch.setattr(
-        _sampling.tqdm, "set_postfix_str", lambda bar, text, refresh: said.append(text)
-    )
+    monkeypatch.setattr(_sampling.tqdm, "set_postfix_str", lambda bar, text: said.append(text))
     monkeypatch.setattr(_sampling, "_COMMIT_SECONDS", 0.0)
     shown = run(None, "SGLD", progress=True)
     same(shown, run(None, "SGLD"))
