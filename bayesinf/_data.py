@@ -74,6 +74,7 @@ class Examples:
     ) -> None:
         self.name, self.device, self.dtype = name, device, dtype
         self._target = target
+        self.held = False  # in memory, so that looking at every target costs nothing
         self._fetch: Callable[[Tensor | slice], Batch]
         if isinstance(data, Mapping):
             tensors = {key: torch.as_tensor(value) for key, value in data.items()}
@@ -128,6 +129,7 @@ class Examples:
                 f"{sorted(lengths)} from shapes {[tuple(leaf.shape) for leaf in leaves]}."
             )
         self._n = lengths.pop()
+        self.held = True
         self._fetch = lambda index: tree_unflatten([leaf[index] for leaf in leaves], spec)
 
     def _hold_dataset(self, data: Any) -> None:

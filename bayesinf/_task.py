@@ -213,6 +213,8 @@ class Task:
                 check = getattr(self.likelihood, "check", None)
                 if check is not None:
                     check(outputs, batch[1])
+                    if data.held:
+                        check(outputs[:1].expand(len(data), *outputs.shape[1:]), data.batch()[1])
                 losses = self.likelihood.loss(outputs, batch[1])
                 again = self.losses(self.params, data.batch(index))
             if [leaf._version for leaf in inputs] != versions:

@@ -140,11 +140,6 @@ class TraceStore:
     # ------------------------------------------------------------------ writing
 
     @property
-    def capacity(self) -> int:
-        """Allocated draws."""
-        return int(self._root["sample_stats/lp"].shape[1])
-
-    @property
     def chunk_draws(self) -> int:
         """Draws of one chunk: what a writer should collect before it writes."""
         return int(self._root["sample_stats/lp"].chunks[1])

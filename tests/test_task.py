@@ -569,3 +569,11 @@ def test_a_measurement_of_the_users_own():
     batch = task.query.batch()
     got = task.measure(second_logit, task.params, batch)
     assert torch.equal(got, task.module(batch[0])[:, 1])
+
+
+def test_a_label_out_of_range_is_found_wherever_it_stands():
+    x, y = torch.randn(9, 4), torch.tensor([0, 1, 2, 0, 1, 2, 0, 3, 1])
+    with pytest.raises(ValueError, match="labels from 0 to 3 for 3 classes"):
+        bi.Task(nn.Linear(4, 3), bi.Categorical(), train=(x, y), query=(x[:2], y[:2]))
+    with pytest.raises(ValueError, match="labels from 0 to 3 for 3 classes"):
+        bi.Task(nn.Linear(4, 3), bi.Categorical(), train=(x[:2], y[:2]), query=(x, y))
