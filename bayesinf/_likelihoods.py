@@ -36,9 +36,11 @@ class Likelihood(Protocol):
     """What :class:`~bayesinf.Task` needs of a likelihood; see the module for optional parts.
 
     Optional parts, each used by the methods in brackets: ``margin(outputs, target)`` [margins],
-    ``sample(outputs, generator)`` [Fisher with sampled labels], ``fisher_factor(outputs)``
-    [enumerated Fisher, Gauss-Newton], ``bregman(outputs, reference, target)`` [proximal Bregman
-    objectives], ``check(outputs, target)`` [readable errors for a target of the wrong kind].
+    ``sample(outputs, target, generator)`` [Fisher with sampled labels],
+    ``fisher_factor(outputs, target)`` [enumerated Fisher, Gauss-Newton],
+    ``bregman(outputs, reference, target)`` [proximal Bregman objectives], ``check(outputs,
+    target)`` [readable errors for a target of the wrong kind]. The target tells ``sample`` and
+    ``fisher_factor`` only which outputs count (positions that the loss leaves out).
     """
 
     def loss(self, outputs: Any, target: Any) -> Tensor:
@@ -128,13 +130,13 @@ class Categorical:
         others = outputs.scatter(1, target.unsqueeze(1), float("-inf")).logsumexp(1)
         return _per_example(label - others)
 
-    def sample(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
+    def sample(self, outputs: Tensor, target: Tensor, generator: torch.Generator) -> Tensor:
         """Draw targets from the model's own predictive distribution."""
         probs = outputs.movedim(1, -1).softmax(-1)
         flat = torch.multinomial(probs.flatten(0, -2), 1, generator=generator)
         return flat.reshape(probs.shape[:-1])
 
-    def fisher_factor(self, outputs: Tensor) -> Tensor:
+    def fisher_factor(self, outputs: Tensor, target: Tensor) -> Tensor:
         r"""Rows ``f_c = √p_c (e_c − p)``; one per class, and per position where there are any.
 
         ``Σ_c f_c f_cᵀ = diag(p) − p pᵀ``, the Hessian of the cross-entropy in the logits.
@@ -177,12 +179,12 @@ class Gaussian:
         """Per-example half squared error ``(B,)``."""
         return _per_example(0.5 * (outputs - target) ** 2)
 
-    def sample(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
+    def sample(self, outputs: Tensor, target: Tensor, generator: torch.Generator) -> Tensor:
         """Draw ``y ~ N(f, I)``."""
         noise = torch.empty_like(outputs)
         return outputs + noise.normal_(generator=generator)
 
-    def fisher_factor(self, outputs: Tensor) -> Tensor:
+    def fisher_factor(self, outputs: Tensor, target: Tensor) -> Tensor:
         """Unit vectors, one per output dimension: the Hessian is the identity."""
         size = outputs[0].numel()
         eye = torch.eye(size, dtype=outputs.dtype, device=outputs.device)
@@ -217,14 +219,14 @@ class Bernoulli:
         """Log-odds ``log p/(1−p)`` of the whole label vector, ``p = exp(−ℓ)``."""
         return _log_odds(self.loss(outputs, target))
 
-    def sample(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
+    def sample(self, outputs: Tensor, target: Tensor, generator: torch.Generator) -> Tensor:
         """Draw labels from the model's own predictive distribution."""
         return torch.bernoulli(outputs.sigmoid(), generator=generator)
 
-    def fisher_factor(self, outputs: Tensor) -> Tensor:
+    def fisher_factor(self, outputs: Tensor, target: Tensor) -> Tensor:
         """Rows ``√(σ(1−σ)) e_d``, one per output dimension."""
         p = outputs.sigmoid()
-        return Gaussian().fisher_factor(outputs) * (p * (1 - p)).sqrt()
+        return Gaussian().fisher_factor(outputs, target) * (p * (1 - p)).sqrt()
 
     def bregman(self, outputs: Tensor, reference: Tensor, target: Tensor) -> Tensor:
         """Bregman divergence of the loss in the outputs: KL(p_reference ‖ p_outputs)."""

@@ -92,7 +92,7 @@ def test_small_losses_keep_precision_in_float32(exponent):
 def test_fisher_factor_is_a_root_of_the_hessian(rng, likelihood, shape):
     f = logits(rng, *shape)
     y = target_of(likelihood, rng, f)
-    rows = likelihood.fisher_factor(f)
+    rows = likelihood.fisher_factor(f, y)
     assert rows.shape[1:] == f.shape
     flat = rows.reshape(len(rows), B, -1)
     for b in range(B):
@@ -124,7 +124,8 @@ def test_samples_have_the_predictive_distribution(rng, likelihood, shape):
     f = 0.5 * logits(rng, *shape)
     draws = 4000
     many = f.expand(draws, *f.shape).reshape(draws * B, *f.shape[1:])
-    got = likelihood.sample(many, rng)
+    y = target_of(likelihood, rng, many)
+    got = likelihood.sample(many, y, rng)
     if likelihood == bi.Categorical():
         assert not got.is_floating_point()
         got = F.one_hot(got, f.shape[1]).movedim(-1, 1).double()
@@ -148,8 +149,9 @@ def test_samples_have_the_predictive_distribution(rng, likelihood, shape):
 @pytest.mark.parametrize("likelihood", [bi.Categorical(), bi.Gaussian(), bi.Bernoulli()], ids=str)
 def test_samples_follow_their_generator(likelihood):
     f = torch.zeros(50, 2)
+    y = target_of(likelihood, torch.Generator(), f)
     one, two, other = (
-        likelihood.sample(f, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
+        likelihood.sample(f, y, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
     )
     assert torch.equal(one, two)
     assert not torch.equal(one, other)

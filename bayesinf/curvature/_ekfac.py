@@ -155,27 +155,28 @@ class _Labels:
         """One forward pass, and the backward passes that sum to the Fisher."""
         record = self.capture.record(batch)
         if self.fisher == "enumerated":
-            return record, self._enumerated(record)
+            return record, self._enumerated(record, batch)
         likelihood = self.capture.task.likelihood
-        target = self._sample(record, where) if self.fisher == "sampled" else batch[1]
+        target = self._sample(record, batch, where) if self.fisher == "sampled" else batch[1]
         with torch.enable_grad():
             total = likelihood.loss(record.outputs, target).sum()
         return record, iter([record.pull(total)])
 
-    def _enumerated(self, record: Record) -> Iterator[list[Tensor]]:
+    def _enumerated(self, record: Record, batch: Batch) -> Iterator[list[Tensor]]:
         likelihood = self.capture.task.likelihood
         factor = require(likelihood, "fisher_factor", "fisher='enumerated'")
-        rows = factor(record.outputs.detach())
+        rows = factor(record.outputs.detach(), batch[1])
         for k, row in enumerate(rows):
             yield record.pull(record.outputs, row, keep=k < len(rows) - 1)
 
-    def _sample(self, record: Record, where: slice) -> Tensor:
+    def _sample(self, record: Record, batch: Batch, where: slice) -> Tensor:
         sample = require(self.capture.task.likelihood, "sample", "fisher='sampled'")
         generator = torch.Generator(self.capture.task.device)
         drawn = []
         for i, seed in enumerate(self.seeds[where].tolist()):
             one = tree_map(lambda leaf, i=i: leaf[i : i + 1].detach(), record.outputs)
-            drawn.append(sample(one, generator.manual_seed(seed)))
+            target = tree_map(lambda leaf, i=i: leaf[i : i + 1], batch[1])
+            drawn.append(sample(one, target, generator.manual_seed(seed)))
         return torch.cat(drawn)
 
 

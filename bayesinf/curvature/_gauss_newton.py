@@ -151,8 +151,9 @@ def fit_gauss_newton(
 def _example_space(task: Task, source: GradientSource) -> tuple[int, int]:
     """Number of rows ``N = n·K``, and the width of what must be stored explicitly."""
     factor = require(task.likelihood, "fisher_factor", "the Gauss–Newton matrix")
+    first = task.train.batch(slice(0, 1))
     with torch.no_grad():
-        k = len(factor(task.outputs(task.params, task.train.batch(slice(0, 1)))))
+        k = len(factor(task.outputs(task.params, first), first[1]))
     rows = source.curvature_rows(slice(0, 1), task.train.batch(slice(0, 1)))
     return task.n * k, sum(r.values[0, 0].numel() for r in rows if not r.rank_one)
 

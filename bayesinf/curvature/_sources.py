@@ -105,7 +105,7 @@ class GradientSource:
             rows = [self._jacobian_rows(batch, factor)]
         else:
             record = self._capture.record(batch)
-            vectors = factor(record.outputs.detach())
+            vectors = factor(record.outputs.detach(), batch[1])
             last = len(vectors) - 1
             pulls = [
                 record.pull(record.outputs, vector, keep=k < last)
@@ -142,7 +142,7 @@ class GradientSource:
         def one(leaf_batch: Batch) -> Tensor:
             single = tree_map(lambda leaf: leaf.unsqueeze(0), leaf_batch)
             outputs, pull = vjp(lambda params: task.outputs(params, single), task.params)[:2]
-            vectors = factor(outputs.detach())
+            vectors = factor(outputs.detach(), single[1])
             (rows,) = vmap(pull)(vectors)
             return task.flatten(rows)
 

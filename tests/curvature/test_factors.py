@@ -167,14 +167,17 @@ def test_a_single_input_makes_kfac_exact(rng):
 
 
 def test_softmax_regression_only_ekfac_has_the_right_trace(rng):
-    task = linear_task(rng, model=nn.Linear(4, 3), likelihood=bi.Categorical(), classes=3)
+    model = nn.Linear(4, 3)
+    with torch.no_grad():
+        model.weight.mul_(6)  # confident on long inputs: |a|² and tr ∇² are far from independent
+    task = linear_task(rng, model=model, likelihood=bi.Categorical(), classes=3)
     truth = block(task, "enumerated", fit_factors(task, fisher="enumerated")[0].layer)
     ekfac, kfac = (
         fit_factors(task, fisher="enumerated", corrected=corrected)[0]
         for corrected in (True, False)
     )
     assert ekfac.trace() / float(truth.trace()) == pytest.approx(1, abs=1e-12)
-    assert abs(kfac.trace() / float(truth.trace()) - 1) > 0.01
+    assert abs(kfac.trace() / float(truth.trace()) - 1) > 0.05
     assert (ekfac.dense() - truth).norm() < (kfac.dense() - truth).norm()
 
 
