@@ -3,13 +3,13 @@ r"""Likelihoods: what a loss is, given a network's outputs.
 A likelihood maps the outputs of a network to one number per example, the loss
 ``ℓ_i = −log p(y_i | f_i)`` up to a constant, **summed** over the outputs of an example (over output
 dimensions for :class:`Gaussian` and :class:`Bernoulli`, over positions for a segmentation-like
-:class:`Categorical`).
+:class:`Categorical`, over counted tokens for :class:`CausalLM`, which has its own module).
 
 Shapes, used throughout this module (``B`` examples, ``C`` classes, ``D`` output dimensions):
 
 * outputs ``(B, C)`` or ``(B, C, *positions)`` for :class:`Categorical`, ``(B, D)`` or ``(B,)`` for
   the two others;
-* losses and margins ``(B,)``;
+* losses and margins ``(B,)``; losses of tokens, where a likelihood has them, in the target's shape;
 * Fisher factors ``(K, *outputs.shape)`` with ``Σ_k f_k f_kᵀ = ∇²_f ℓ``, the Hessian of the loss in
   the outputs, which for these three likelihoods equals the Fisher information of the output
   distribution (they are exponential families in their natural parameter).
@@ -28,7 +28,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Bernoulli", "Categorical", "Gaussian", "Likelihood", "require"]
+from bayesinf._language import CausalLM
+
+__all__ = ["Bernoulli", "Categorical", "CausalLM", "Gaussian", "Likelihood", "require"]
 
 
 @runtime_checkable
@@ -38,9 +40,10 @@ class Likelihood(Protocol):
     Optional parts, each used by the methods in brackets: ``margin(outputs, target)`` [margins],
     ``sample(outputs, target, generator)`` [Fisher with sampled labels],
     ``fisher_factor(outputs, target)`` [enumerated Fisher, Gauss-Newton],
-    ``bregman(outputs, reference, target)`` [proximal Bregman objectives], ``check(outputs,
-    target)`` [readable errors for a target of the wrong kind]. The target tells ``sample`` and
-    ``fisher_factor`` only which outputs count (positions that the loss leaves out).
+    ``bregman(outputs, reference, target)`` [proximal Bregman objectives], ``token_losses(outputs,
+    target)`` in the target's shape with sum ``loss`` and ``token_mask(target)`` [scores per token],
+    ``check(outputs, target)`` [readable errors for a target of the wrong kind]. The target tells
+    ``sample`` and ``fisher_factor`` only which outputs count (positions that the loss leaves out).
     """
 
     def loss(self, outputs: Any, target: Any) -> Tensor:
@@ -117,12 +120,20 @@ class Categorical:
             )
 
     def loss(self, outputs: Tensor, target: Tensor) -> Tensor:
-        """Per-example cross-entropy ``(B,)``, summed over positions.
+        """Per-example cross-entropy ``(B,)``, summed over positions."""
+        return _per_example(self.token_losses(outputs, target))
+
+    def token_losses(self, outputs: Tensor, target: Tensor) -> Tensor:
+        """Cross-entropy of each position, in the target's shape ``(B, *positions)``.
 
         Written as ``log Σ_c exp(f_c − f_y)``, which keeps the relative precision of small losses.
         """
         label = outputs.gather(1, target.unsqueeze(1))
-        return _per_example((outputs - label).logsumexp(1))
+        return (outputs - label).logsumexp(1)
+
+    def token_mask(self, target: Tensor) -> Tensor:
+        """Which positions count: all of them."""
+        return torch.ones_like(target, dtype=torch.bool)
 
     def margin(self, outputs: Tensor, target: Tensor) -> Tensor:
         """Log-odds of the label, ``log p/(1−p)``, summed over positions (TRAK, Park 2023)."""

@@ -85,14 +85,17 @@ def test_what_reads_traces_knows_no_torch(name):
 
 
 LAYERS = {  # what a module may need of the package, at most
-    "bayesinf._likelihoods": set(),
+    "bayesinf._language": set(),
+    "bayesinf._likelihoods": {"_language"},
     "bayesinf._data": set(),
     "bayesinf._tracing": set(),
     "bayesinf._rng": set(),
-    "bayesinf._task": {"_data", "_likelihoods"},
-    "bayesinf._gradients": {"_task", "_data", "_likelihoods", "_tracing"},
-    "bayesinf._posterior": {"_task", "_data", "_likelihoods", "_gradients", "_tracing"},
-}
+    "bayesinf._task": {"_data", "_likelihoods", "_language"},
+    "bayesinf._gradients": {"_task", "_data", "_likelihoods", "_language", "_tracing"},
+    "bayesinf._posterior": {
+        "_task", "_data", "_likelihoods", "_language", "_gradients", "_tracing",
+    },
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -10,7 +10,8 @@ from torch import nn
 from torch.func import jacrev
 
 import bayesinf as bi
-from bayesinf._likelihoods import require
+from bayesinf._likelihoods import CausalLM, require
+from tests.token_cases import PAD, tokens
 
 B = 5
 SHAPES = [(B, 3), (B, 3, 4), (B, 3, 2, 3)]
@@ -29,11 +30,14 @@ def soft(rng, outputs):
 
 
 def target_of(likelihood, rng, outputs):
+    if isinstance(likelihood, CausalLM):
+        return tokens(rng, outputs)
     return labels(rng, outputs) if likelihood == bi.Categorical() else soft(rng, outputs)
 
 
 EVERY = [
     *[(bi.Categorical(), shape) for shape in SHAPES],
+    (CausalLM(PAD), (B, 4, 3)),
     *[(likelihood, shape) for likelihood in (bi.Gaussian(), bi.Bernoulli())
       for shape in ((B,), (B, 2), (B, 2, 3))],
 ]  # fmt: skip
@@ -48,6 +52,18 @@ def test_categorical_loss_and_margin(rng, shape):
     p = f.softmax(1).gather(1, y.unsqueeze(1)).squeeze(1)
     margin = (p / (1 - p)).log().reshape(B, -1).sum(1)
     torch.testing.assert_close(bi.Categorical().margin(f, y), margin, rtol=1e-10, atol=1e-12)
+
+
+def test_categorical_positions_sum_to_the_example(rng):
+    f = logits(rng, B, 3, 4)
+    y = labels(rng, f)
+    got = bi.Categorical().token_losses(f, y)
+    expected = F.cross_entropy(f, y, reduction="none")
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(got.sum(1), bi.Categorical().loss(f, y), rtol=1e-12, atol=0)
+    mask = bi.Categorical().token_mask(y)
+    assert mask.shape == y.shape
+    assert bool(mask.all())
 
 
 @pytest.mark.parametrize("shape", [(B,), (B, 2), (B, 2, 3)], ids=str)
@@ -80,8 +96,12 @@ def test_small_losses_keep_precision_in_float32(exponent):
     for offset in (0.0, 12.5, 40.0):
         f = torch.tensor([[offset + gap, offset]], dtype=torch.float32)
         exact = math.log1p(math.exp(float(f[0, 1].double() - f[0, 0].double())))
-        got = float(bi.Categorical().loss(f, torch.tensor([0])))
-        assert abs(got - exact) <= 1e-7 + 1e-6 * exact
+        for likelihood, out, y in (
+            (bi.Categorical(), f, torch.tensor([0])),
+            (CausalLM(), f.expand(1, 2, 2), torch.tensor([[1, 0]])),
+        ):
+            got = float(likelihood.loss(out, y))
+            assert abs(got - exact) <= 1e-7 + 1e-6 * exact
     f = torch.tensor([[gap]], dtype=torch.float32)
     exact = math.log1p(math.exp(-float(f)))
     got = float(bi.Bernoulli().loss(f, torch.ones(1, 1)))
@@ -124,9 +144,15 @@ def test_samples_have_the_predictive_distribution(rng, likelihood, shape):
     f = 0.5 * logits(rng, *shape)
     draws = 4000
     many = f.expand(draws, *f.shape).reshape(draws * B, *f.shape[1:])
-    y = target_of(likelihood, rng, many)
+    y = target_of(likelihood, rng, f)
+    y = y.repeat(draws, *[1] * (y.ndim - 1))
     got = likelihood.sample(many, y, rng)
-    if likelihood == bi.Categorical():
+    if isinstance(likelihood, CausalLM):
+        counted = likelihood.token_mask(y[:B])[:, 1:]
+        got = got.reshape(draws, B, -1)[:, :, 1:][:, counted].flatten()
+        f = f[:, :-1][counted]
+        many = f.expand(draws, *f.shape).flatten(0, 1)
+    if isinstance(likelihood, (bi.Categorical, CausalLM)):
         assert not got.is_floating_point()
         got = F.one_hot(got, f.shape[1]).movedim(-1, 1).double()
         mean = f.softmax(1)
