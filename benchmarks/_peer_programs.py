@@ -112,6 +112,7 @@ class Peers:
             "digits.pt": "digits_train.py",
             "digits_nobias.pt": "digits_train.py",
             "lds_truth.npz": "lds_digits.py",
+            "lm_ids.npz": "lm_train.py",
         }
         for name in names:
             if not (self.folder / name).exists():
@@ -124,9 +125,11 @@ def stage_seconds(report: dict[str, Any], stages: Sequence[str]) -> Seconds:
     return Seconds(sum(p["cpu_s"] for p in parts), sum(p["wall_s"] for p in parts))
 
 
-def run_own(job: str, folder: Path, threads: int, *options: str) -> dict[str, Any]:
-    """Run a job of :mod:`benchmarks._own_digits` in a process of its own; returns its report."""
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks._own_digits", job, str(folder)]
+def run_own(
+    job: str, folder: Path, threads: int, *options: str, module: str = "_own_digits"
+) -> dict[str, Any]:
+    """Run a job of one of our own runners in a process of its own; returns its report."""
+    command = [sys.executable, "-W", "ignore", "-m", f"benchmarks.{module}", job, str(folder)]
     printed = _run([*command, "--threads", str(threads), *options], threads, _HERE.parent)
     report: dict[str, Any] = json.loads(printed.strip().splitlines()[-1])
     return report

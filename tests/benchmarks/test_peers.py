@@ -11,7 +11,6 @@ import torch
 from scipy.stats import spearmanr
 from torch import nn
 
-from bayesinf import ekfac
 from benchmarks import parity, peers
 from benchmarks._own_digits import main as own
 from benchmarks._peer_digits import (
@@ -61,24 +60,22 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+DIGITS = [case for case in parity.CASES if case.needs.startswith("digits")]
+
+
 def fake_peer(folder: Path, factor: float) -> None:
-    """Programs that leave our own scores, times a factor, for a stand-in of an interpreter."""
-    for case in parity.CASES:
-        task = load_task(folder, bias=case.bias, dtype=case.dtype)
-        scores = to_peer(ekfac(task, fisher=case.fisher, damping=parity.DAMPING))
-        np.save(folder / f"{case.name}.npy", factor * scores)
+    """What programs leave: our own scores, times a factor."""
+    for case in DIGITS:
+        np.save(folder / f"{case.report}.npy", factor * case.ours(folder))
 
 
 class FakePeers(Peers):
-    """Answers a program with the report of scores that are there already."""
+    """Counts its programs, whose scores are there already."""
 
     def run(self, program: str, *options: str) -> dict[str, object]:
-        found = [
-            case.name
-            for case in parity.CASES
-            if case.program == program and case.options == options[2:]
-        ]
-        return {"name": found[0]}
+        with (self.folder / "runs.txt").open("a") as runs:
+            runs.write(" ".join([program, *options]) + "\n")
+        return {}
 
 
 @pytest.mark.parametrize(
@@ -86,11 +83,24 @@ class FakePeers(Peers):
 )
 def test_parity_fails_what_is_off(folder: Path, factor: float, status: int) -> None:
     fake_peer(folder, factor)
-    there = FakePeers(folder, "python", None)
-    assert parity.main([str(folder)], lambda case, _: parity.compare(case, there)) == status
+    there = parity.Finished(FakePeers(folder, "python", None))
+    argv = [str(folder), "--only", "digits"]
+    assert parity.main(argv, lambda case, _: parity.compare(case, there)) == status
+    runs = (folder / "runs.txt").read_text().splitlines()
+    assert len(runs) == len(set(runs)) == len(DIGITS)
+    assert sum("--no-bias" in run for run in runs) == 2
+
+
+def test_parity_reuses_scores_on_request(folder: Path) -> None:
+    fake_peer(folder, 1.0)
+    assert parity.main([str(folder), "--only", "digits", "--reuse"]) == 0
+    again = parity.Finished(FakePeers(folder, "python", None), reuse=True)
+    assert parity.compare(DIGITS[0], again) == 0
+    assert not (folder / "runs.txt").exists()
 
 
 def test_parity_names_a_missing_peer(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "lm_ids.npz").touch()
     assert parity.main([str(folder)]) == 0
     assert capsys.readouterr().out.count("not run: no --peers-python") == len(parity.CASES)
 
