@@ -2,6 +2,7 @@
 
 from bayesinf._diagnostics import ConvergenceWarning, diagnose
 from bayesinf._gradients import VectorizationWarning
+from bayesinf._language import CausalLM
 from bayesinf._likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from bayesinf._posterior import LocalPosterior
 from bayesinf._sampling import DivergenceError, sample
@@ -15,7 +16,14 @@ from bayesinf.attribution._grad_dot import grad_dot
 from bayesinf.attribution._hessian import hessian
 from bayesinf.attribution._kfac import kfac
 from bayesinf.attribution._scores import METHODS, make_scores
-from bayesinf.curvature import NotPositiveDefiniteError, UntreatedParametersWarning
+from bayesinf.attribution._scoring import Scoring
+from bayesinf.curvature import (
+    Curvature,
+    NotPositiveDefiniteError,
+    fit_curvature,
+    load_curvature,
+    save_curvature,
+)
 from bayesinf.evaluation import (
     SGDRecipe,
     lds,
@@ -37,7 +45,9 @@ __all__ = [
     "SGLD",
     "Bernoulli",
     "Categorical",
+    "CausalLM",
     "ConvergenceWarning",
+    "Curvature",
     "DivergenceError",
     "FailedChainsWarning",
     "Gaussian",
@@ -46,14 +56,15 @@ __all__ = [
     "NotPositiveDefiniteError",
     "RMSpropSGLD",
     "SGDRecipe",
+    "Scoring",
     "StoreError",
     "Task",
     "TraceStore",
-    "UntreatedParametersWarning",
     "VectorizationWarning",
     "bif",
     "diagnose",
     "ekfac",
+    "fit_curvature",
     "gauss_newton",
     "grad_cos",
     "grad_dot",
@@ -62,6 +73,7 @@ __all__ = [
     "lds",
     "lds_difference",
     "lds_table",
+    "load_curvature",
     "make_scores",
     "noise_ceiling",
     "open_bank",
@@ -70,5 +82,6 @@ __all__ = [
     "retrain",
     "sample",
     "save_bank",
+    "save_curvature",
     "train_one",
 ]

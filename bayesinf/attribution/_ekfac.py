@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import xarray as xr
 
-from bayesinf._task import Measurement, Task
+from bayesinf._task import Task
 from bayesinf.attribution._kronecker_scores import kronecker_scores
 from bayesinf.attribution._scores import register
+from bayesinf.attribution._scoring import Scoring
+from bayesinf.curvature._curvature import Curvature, Damping
+from bayesinf.curvature._fit import Fisher
 
 __all__ = ["ekfac"]
 
@@ -15,19 +20,20 @@ __all__ = ["ekfac"]
 def ekfac(
     task: Task,
     *,
-    fisher: str,
-    damping: float | None = None,
+    fisher: Fisher | None = None,
+    damping: Damping | None = None,
     relative_damping: float | None = None,
-    measurement: Measurement = "loss",
+    curvature: Curvature | None = None,
     seed: int = 0,
-    batch_size: int = 256,
+    **scoring: Unpack[Scoring],
 ) -> xr.Dataset:
     r"""Influence with EK-FAC curvature, layer by layer.
 
     ``influence = −(1/n) Σ_ℓ ∇φ_qᵀ (C_ℓ + λI)⁻¹ ∇ℓ_t`` with
     ``C_ℓ = (Q_S ⊗ Q_A) diag(Λ) (Q_S ⊗ Q_A)ᵀ``, the curvature of the **mean** loss: Kronecker
     factors give the eigenvectors, second moments of the rotated per-example gradients the
-    eigenvalues. Treated are ``nn.Linear`` and ``nn.Conv2d`` (``groups=1``) layers, biases included.
+    eigenvalues. Every selected parameter counts, whatever layer it is in: see
+    :func:`bayesinf.fit_curvature`.
 
     Parameters
     ----------
@@ -38,15 +44,19 @@ def ekfac(
         Gauss–Newton matrix; one backward pass a class or output), ``"sampled"`` (one label an
         example from it) or ``"empirical"`` (the data's labels: another, usually worse matrix).
     damping
-        λ = γ/(nβ) + weight decay, in units of the mean loss, the same in every layer.
+        λ = γ/(nβ) + weight decay, in units of the mean loss, the same in every layer or a dict by
+        layer.
     relative_damping
         Instead: λ of a layer as a multiple of the mean of its Λ; Grosse et al. use 0.1.
-    measurement
-        φ of the queries: ``"loss"``, ``"margin"``, or ``f(task, params, batch) -> (B,)``.
+    curvature
+        Instead of ``fisher``: what :func:`bayesinf.fit_curvature` or
+        :func:`bayesinf.load_curvature` returned, with any form by layer; several dampings then
+        cost one fit.
     seed
         Of the sampled labels.
-    batch_size
-        Examples at a time. Scores do not depend on it.
+    **scoring
+        What to pair, tokens, modules, batch sizes, top-k, a Zarr store and the like: see
+        :class:`bayesinf.Scoring`.
 
     Returns
     -------
@@ -57,15 +67,10 @@ def ekfac(
     Raises
     ------
     ValueError
-        If not exactly one damping is given, an argument is out of range, no layer can be treated,
-        a layer's weight is used outside its forward, or a gradient is not finite.
+        If not exactly one damping, and one of ``fisher`` and ``curvature``, is given, an argument
+        is out of range, an example's loss depends on others, or a gradient is not finite.
     NotImplementedError
         If the likelihood lacks what ``fisher`` or ``measurement`` needs.
-
-    Warns
-    -----
-    UntreatedParametersWarning
-        If selected parameters are in other layers, which then count nothing.
 
     References
     ----------
@@ -76,11 +81,10 @@ def ekfac(
     return kronecker_scores(
         task,
         "ekfac",
+        fisher=fisher,
         damping=damping,
         relative_damping=relative_damping,
-        fisher=fisher,
-        corrected=True,
-        measurement=measurement,
+        curvature=curvature,
         seed=seed,
-        batch_size=batch_size,
+        scoring=scoring,
     )

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Unpack
 
 import torch
 import xarray as xr
 
-from bayesinf._task import Measurement, Task
-from bayesinf.attribution._pairwise import (
-    all_layers,
-    pairwise,
-    require_batch_size,
-    require_damping,
-    score_attrs,
-)
-from bayesinf.attribution._scores import make_scores, register
+from bayesinf._task import Task
+from bayesinf.attribution._pairwise import Attribution, require_damping, score
+from bayesinf.attribution._scores import register
+from bayesinf.attribution._scoring import Scoring, resolve
 from bayesinf.curvature._accounting import Costs
+from bayesinf.curvature._find import find_layers
 from bayesinf.curvature._gauss_newton import DenseInverse, fit_gauss_newton
 from bayesinf.curvature._sources import GradientSource
 
@@ -28,10 +24,9 @@ def gauss_newton(
     task: Task,
     *,
     damping: float,
-    measurement: Measurement = "loss",
     solver: str = "auto",
-    batch_size: int = 256,
     memory_limit: float = 8.0,
+    **scoring: Unpack[Scoring],
 ) -> xr.Dataset:
     r"""Influence ``−(1/n) ∇φ_qᵀ (C + λI)⁻¹ ∇ℓ_t`` with ``C = (1/n) Σ_i J_iᵀ (∇²_f ℓ_i) J_i``.
 
@@ -46,15 +41,14 @@ def gauss_newton(
         Network, likelihood, training and query examples.
     damping
         λ = γ/(nβ) + weight decay, in units of the mean loss.
-    measurement
-        φ of the queries: ``"loss"``, ``"margin"``, or ``f(task, params, batch) -> (B,)``.
     solver
         ``"dense"``: Cholesky in parameter space ``(d, d)``. ``"woodbury"``: in example space
         ``(nK, nK)``, ``K`` outputs or classes an example. ``"auto"``: the smaller.
-    batch_size
-        Examples at a time. Scores do not depend on it.
     memory_limit
         GiB that the matrices may take; more is refused before anything is computed.
+    **scoring
+        What to pair, tokens, modules, batch sizes, top-k, a Zarr store and the like: see
+        :class:`bayesinf.Scoring`.
 
     Returns
     -------
@@ -77,39 +71,24 @@ def gauss_newton(
     Martens 2020, "New insights and perspectives on the natural gradient method", §8; Koh & Liang
     2017, Eq. 2 (influence).
     """
+    options, costs = resolve(scoring), Costs()
     damping = require_damping(damping, positive=False)
-    require_batch_size(batch_size)
-    costs = Costs()
     double = task.to(dtype=torch.float64)
-    with GradientSource(double, all_layers(double), costs) as source:
+    with GradientSource(double, find_layers(double, costs), costs) as source:
         inverse = fit_gauss_newton(
             double,
             source,
             damping,
             solver=solver,
-            batch_size=batch_size,
+            batch_size=options.batch_size,
             memory_limit=memory_limit,
             costs=costs,
         )
-        inner = pairwise(
-            double,
-            source,
-            inverse.bind,
-            measurement=measurement,
-            batch_size=batch_size,
-            costs=costs,
-        )
-    more: dict[str, Any] = {
-        "damping": damping,
-        "lambda_min": inverse.lambda_min,
-        "solver": "dense" if isinstance(inverse, DenseInverse) else "woodbury",
-        "fisher": "enumerated",
-    }
-    return make_scores(
-        inner / -task.n,
-        query=task.query.ids,
-        train=task.train.ids,
-        method="gauss_newton",
-        estimand="influence",
-        attrs=score_attrs(task, costs, measurement, batch_size, **more),
-    )
+        attrs = {
+            "damping": damping,
+            "lambda_min": inverse.lambda_min,
+            "solver": "dense" if isinstance(inverse, DenseInverse) else "woodbury",
+            "fisher": "enumerated",
+        }
+        method = Attribution("gauss_newton", "influence", inverse, -1 / task.n, attrs=attrs)
+        return score(task, source, method, options, costs)

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from typing import Unpack
 
 import xarray as xr
-from torch import Tensor
 
-from bayesinf._task import Measurement, Task
-from bayesinf.attribution._pairwise import all_layers, pairwise, require_batch_size, score_attrs
-from bayesinf.attribution._scores import make_scores, register
+from bayesinf._task import Task
+from bayesinf.attribution._pairwise import Attribution, score
+from bayesinf.attribution._scores import register
+from bayesinf.attribution._scoring import Scoring, resolve
 from bayesinf.curvature._accounting import Costs
-from bayesinf.curvature._rows import Rows, gram
+from bayesinf.curvature._find import find_layers
 from bayesinf.curvature._sources import GradientSource
 
 __all__ = ["grad_dot"]
 
 
 @register("similarity", "inner product of gradients")
-def grad_dot(task: Task, *, measurement: Measurement = "loss", batch_size: int = 256) -> xr.Dataset:
+def grad_dot(task: Task, **scoring: Unpack[Scoring]) -> xr.Dataset:
     r"""Negative inner products ``−∇φ_qᵀ ∇ℓ_t`` over all selected parameters.
 
     The limit of ``nλ · influence`` for large damping; only its ranks mean something.
@@ -27,10 +27,9 @@ def grad_dot(task: Task, *, measurement: Measurement = "loss", batch_size: int =
     ----------
     task
         Network, likelihood, training and query examples; any network.
-    measurement
-        φ of the queries: ``"loss"``, ``"margin"``, or ``f(task, params, batch) -> (B,)``.
-    batch_size
-        Examples at a time. Scores do not depend on it.
+    **scoring
+        What to pair, tokens, modules, batch sizes, top-k, a Zarr store and the like: see
+        :class:`bayesinf.Scoring`.
 
     Returns
     -------
@@ -50,21 +49,7 @@ def grad_dot(task: Task, *, measurement: Measurement = "loss", batch_size: int =
     Charpiat et al. 2019, "Input similarity from the neural network perspective"; Pruthi et al.
     2020 (TracIn at one checkpoint).
     """
-    require_batch_size(batch_size)
-    costs = Costs()
-    with GradientSource(task, all_layers(task), costs) as source:
-        inner = pairwise(
-            task, source, _bind, measurement=measurement, batch_size=batch_size, costs=costs
-        )
-    return make_scores(
-        -inner,
-        query=task.query.ids,
-        train=task.train.ids,
-        method="grad_dot",
-        estimand="similarity",
-        attrs=score_attrs(task, costs, measurement, batch_size),
-    )
-
-
-def _bind(queries: Sequence[Rows]) -> Callable[[Sequence[Rows]], Tensor]:
-    return lambda rows: gram(queries, rows)
+    options, costs = resolve(scoring), Costs()
+    method = Attribution("grad_dot", "similarity", lambda rows: rows, -1.0)
+    with GradientSource(task, find_layers(task, costs), costs) as source:
+        return score(task, source, method, options, costs)

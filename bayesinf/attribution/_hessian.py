@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch
 import xarray as xr
 
-from bayesinf._task import Measurement, Task
-from bayesinf.attribution._pairwise import (
-    pairwise,
-    require_batch_size,
-    require_damping,
-    score_attrs,
-)
-from bayesinf.attribution._scores import make_scores, register
+from bayesinf._task import Task
+from bayesinf.attribution._pairwise import Attribution, require_damping, score
+from bayesinf.attribution._scores import register
+from bayesinf.attribution._scoring import Scoring, resolve
 from bayesinf.curvature._accounting import Costs
+from bayesinf.curvature._find import find_layers
 from bayesinf.curvature._hessian import fit_hessian
 from bayesinf.curvature._sources import GradientSource
 
@@ -25,9 +24,8 @@ def hessian(
     task: Task,
     *,
     damping: float,
-    measurement: Measurement = "loss",
-    batch_size: int = 256,
     memory_limit: float = 8.0,
+    **scoring: Unpack[Scoring],
 ) -> xr.Dataset:
     r"""Influence ``−(1/n) ∇φ_qᵀ (C + λI)⁻¹ ∇ℓ_t`` with ``C = (1/n) Σ_i ∇²ℓ_i``.
 
@@ -41,12 +39,11 @@ def hessian(
         Network, likelihood, training and query examples.
     damping
         λ = γ/(nβ) + weight decay, in units of the mean loss.
-    measurement
-        φ of the queries: ``"loss"``, ``"margin"``, or ``f(task, params, batch) -> (B,)``.
-    batch_size
-        Examples at a time. Scores do not depend on it.
     memory_limit
         GiB that the matrices may take; more is refused before anything is computed.
+    **scoring
+        What to pair, tokens, modules, batch sizes, top-k, a Zarr store and the like: see
+        :class:`bayesinf.Scoring`.
 
     Returns
     -------
@@ -66,36 +63,18 @@ def hessian(
     ----------
     Koh & Liang 2017, "Understanding black-box predictions via influence functions", Eq. 2.
     """
+    options, costs = resolve(scoring), Costs()
     damping = require_damping(damping, positive=False)
-    require_batch_size(batch_size)
-    costs = Costs()
     double = task.to(dtype=torch.float64)
-    inverse = fit_hessian(
-        double, damping, batch_size=batch_size, memory_limit=memory_limit, costs=costs
-    )
-    with GradientSource(double, None, costs) as source:
-        inner = pairwise(
+    with GradientSource(double, find_layers(double, costs), costs) as source:
+        inverse = fit_hessian(
             double,
             source,
-            inverse.bind,
-            measurement=measurement,
-            batch_size=batch_size,
+            damping,
+            batch_size=options.batch_size,
+            memory_limit=memory_limit,
             costs=costs,
         )
-    attrs = score_attrs(
-        task,
-        costs,
-        measurement,
-        batch_size,
-        damping=damping,
-        lambda_min=inverse.lambda_min,
-        fisher="hessian",
-    )
-    return make_scores(
-        inner / -task.n,
-        query=task.query.ids,
-        train=task.train.ids,
-        method="hessian",
-        estimand="influence",
-        attrs=attrs,
-    )
+        attrs = {"damping": damping, "lambda_min": inverse.lambda_min, "fisher": "hessian"}
+        method = Attribution("hessian", "influence", inverse, -1 / task.n, attrs=attrs)
+        return score(task, source, method, options, costs)

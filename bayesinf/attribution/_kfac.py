@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import xarray as xr
 
-from bayesinf._task import Measurement, Task
+from bayesinf._task import Task
 from bayesinf.attribution._kronecker_scores import kronecker_scores
 from bayesinf.attribution._scores import register
+from bayesinf.attribution._scoring import Scoring
+from bayesinf.curvature._curvature import Curvature, Damping
+from bayesinf.curvature._fit import Fisher
 
 __all__ = ["kfac"]
 
@@ -15,12 +20,12 @@ __all__ = ["kfac"]
 def kfac(
     task: Task,
     *,
-    fisher: str,
-    damping: float | None = None,
+    fisher: Fisher | None = None,
+    damping: Damping | None = None,
     relative_damping: float | None = None,
-    measurement: Measurement = "loss",
+    curvature: Curvature | None = None,
     seed: int = 0,
-    batch_size: int = 256,
+    **scoring: Unpack[Scoring],
 ) -> xr.Dataset:
     r"""Influence with K-FAC curvature ``C_ℓ = S ⊗ A``, layer by layer.
 
@@ -38,12 +43,15 @@ def kfac(
         λ = γ/(nβ) + weight decay, in units of the mean loss, the same in every layer.
     relative_damping
         Instead: λ of a layer as a multiple of its mean eigenvalue.
-    measurement
-        φ of the queries: ``"loss"``, ``"margin"``, or ``f(task, params, batch) -> (B,)``.
+    curvature
+        Instead of ``fisher``: what :func:`bayesinf.fit_curvature` or
+        :func:`bayesinf.load_curvature` returned, with any form by layer; several dampings then
+        cost one fit.
     seed
         Of the sampled labels.
-    batch_size
-        Examples at a time. Scores do not depend on it.
+    **scoring
+        What to pair, tokens, modules, batch sizes, top-k, a Zarr store and the like: see
+        :class:`bayesinf.Scoring`.
 
     Returns
     -------
@@ -63,11 +71,10 @@ def kfac(
     return kronecker_scores(
         task,
         "kfac",
+        fisher=fisher,
         damping=damping,
         relative_damping=relative_damping,
-        fisher=fisher,
-        corrected=False,
-        measurement=measurement,
+        curvature=curvature,
         seed=seed,
-        batch_size=batch_size,
+        scoring=scoring,
     )

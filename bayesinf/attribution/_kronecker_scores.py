@@ -1,99 +1,105 @@
-"""EK-FAC and K-FAC scores from fitted factors: damping by layer, damped inverse, inner products."""
+"""EK-FAC and K-FAC scores: a fitted curvature, its damping, and the engine."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+import os
+from pathlib import Path
 from typing import Any
 
 import xarray as xr
-from torch import Tensor
 
-from bayesinf._task import Measurement, Task
-from bayesinf.attribution._pairwise import (
-    pairwise,
-    require_batch_size,
-    require_damping,
-    score_attrs,
-)
-from bayesinf.attribution._scores import make_scores
+from bayesinf._task import Task
+from bayesinf.attribution._pairwise import Attribution, require_damping, score
+from bayesinf.attribution._scoring import Options, Scoring, resolve
 from bayesinf.curvature._accounting import Costs
-from bayesinf.curvature._ekfac import LayerFactors, fit_factors
-from bayesinf.curvature._layers import require_layers
-from bayesinf.curvature._rows import Rows, gram
+from bayesinf.curvature._curvature import Curvature, Damping
+from bayesinf.curvature._fit import Fisher, Form, fit_curvature
+from bayesinf.curvature._saving import load_curvature, save_curvature
 from bayesinf.curvature._sources import GradientSource
 
-__all__ = ["kronecker_scores"]
+__all__ = [
+    "curvature_attrs",
+    "fitted",
+    "kronecker_scores",
+    "require_one_damping",
+    "resolve_damping",
+]
 
 
 def kronecker_scores(
     task: Task,
-    method: str,
+    form: Form,
     *,
-    damping: float | None,
+    fisher: Fisher | None,
+    damping: Damping | None,
     relative_damping: float | None,
-    fisher: str,
-    corrected: bool,
-    measurement: Measurement,
+    curvature: Curvature | None,
     seed: int,
-    batch_size: int,
+    scoring: Scoring,
 ) -> xr.Dataset:
-    """Fit factors and score all pairs; :func:`ekfac` and :func:`kfac` document the arguments."""
-    _require_one(damping, relative_damping)
-    require_batch_size(batch_size)
-    costs = Costs()
-    layers, untreated = require_layers(task)
-    factors = fit_factors(
-        task,
-        fisher=fisher,
-        layers=layers,
-        corrected=corrected,
-        seed=seed,
-        batch_size=batch_size,
-        costs=costs,
+    """Score all pairs; :func:`ekfac` and :func:`kfac` document the arguments."""
+    options, costs = resolve(scoring), Costs()
+    require_one_damping(damping, relative_damping)
+    curvature = fitted(task, form, fisher, curvature, seed, options, costs)
+    lam = resolve_damping(curvature, damping, relative_damping)
+    inverse = curvature.inverse(lam)
+    method = Attribution(
+        form,
+        "influence",
+        lambda rows: [b.precondition(r) for b, r in zip(inverse.blocks, rows, strict=True)],
+        -1 / task.n,
+        attrs={
+            "damping": lam,
+            "relative_damping": relative_damping,
+            **curvature_attrs(curvature),
+        },
     )
-    dampings = _dampings(factors, damping, relative_damping)
+    with GradientSource(task, curvature.layers, costs) as source:
+        return score(task, source, method, options, costs)
 
-    def bind(queries: Sequence[Rows]) -> Callable[[Sequence[Rows]], Tensor]:
-        left = []
-        for f, q, lam in zip(factors, queries, dampings, strict=True):
-            rotated = q.rotate(f.q_a, f.q_s).matrices()
-            left.append(Rows(None, rotated / (f.eigenvalues + lam)))
 
-        def product(rows: Sequence[Rows]) -> Tensor:
-            right = [r.rotate(f.q_a, f.q_s) for f, r in zip(factors, rows, strict=True)]
-            return gram(left, right)
+def fitted(
+    task: Task,
+    form: Form,
+    fisher: Fisher | None,
+    curvature: Curvature | None,
+    seed: int,
+    options: Options,
+    costs: Costs,
+) -> Curvature:
+    """Return the given curvature, the one of the store that is resumed, or a new one.
 
-        return product
-
-    with GradientSource(task, layers, costs) as source:
-        inner = pairwise(
-            task, source, bind, measurement=measurement, batch_size=batch_size, costs=costs
+    Raises
+    ------
+    ValueError
+        If both or neither of ``fisher`` and ``curvature`` are given, or it is of another task.
+    """
+    if (fisher is None) == (curvature is None):
+        got = "neither" if fisher is None else "both"
+        raise ValueError(
+            f"give exactly one of fisher= (to fit a curvature here) and curvature= (from "
+            f"bi.fit_curvature); got {got}."
         )
-    by_layer = {f.layer.name: lam for f, lam in zip(factors, dampings, strict=True)}
-    attrs = score_attrs(
-        task,
-        costs,
-        measurement,
-        batch_size,
-        damping=damping if damping is not None else by_layer,
-        relative_damping=relative_damping,
-        fisher=fisher,
-        seed=seed if fisher == "sampled" else None,
-        treated=sum(layer.size for layer in layers),
-        untreated=list(untreated) or None,
+    if curvature is not None:
+        curvature.require_task(task)
+        return curvature
+    assert fisher is not None
+    cache = Path(os.fspath(options.store)) / "curvature" if options.store is not None else None
+    if cache is not None and (cache / "curvature.json").exists():
+        held = load_curvature(cache, device=task.device)
+        held.require_task(task)
+        if held.info["fisher"] == fisher and held.info.get("seed", seed) == seed:
+            return held
+    found = fit_curvature(
+        task, fisher=fisher, form=form, seed=seed, batch_size=options.batch_size, costs=costs
     )
-    return make_scores(
-        inner / -task.n,
-        query=task.query.ids,
-        train=task.train.ids,
-        method=method,
-        estimand="influence",
-        attrs=attrs,
-    )
+    if cache is not None:
+        save_curvature(found, cache)
+    return found
 
 
-def _require_one(damping: Any, relative_damping: Any) -> None:
+def require_one_damping(damping: Any, relative_damping: Any) -> None:
+    """Raise ``ValueError`` unless exactly one damping is given, in range."""
     if (damping is None) == (relative_damping is None):
         got = "neither" if damping is None else "both"
         raise ValueError(
@@ -101,28 +107,22 @@ def _require_one(damping: Any, relative_damping: Any) -> None:
             f"the same for all layers (λ = γ/(nβ) + weight decay, what BIF tends to); "
             f"relative_damping multiplies each layer's mean eigenvalue (0.1 in Grosse et al. 2023)."
         )
-    if damping is not None:
+    if damping is not None and not isinstance(damping, dict):
         require_damping(damping)
-    elif not isinstance(relative_damping, (int, float)) or not 0 < relative_damping < math.inf:
-        raise ValueError(
-            f"relative_damping must be a positive number, a multiple of each layer's mean "
-            f"eigenvalue such as 0.1; got {relative_damping!r}."
-        )
 
 
-def _dampings(
-    factors: Sequence[LayerFactors], damping: float | None, relative: float | None
-) -> list[float]:
+def resolve_damping(
+    curvature: Curvature, damping: Damping | None, relative_damping: float | None
+) -> Damping:
+    """λ, or λ by layer."""
     if damping is not None:
-        return [float(damping)] * len(factors)
-    assert relative is not None
-    found = [relative * f.mean_eigenvalue() for f in factors]
-    for f, lam in zip(factors, found, strict=True):
-        if lam <= 0:
-            raise ValueError(
-                f"layer {f.layer.name!r} has zero curvature on the training set, so that "
-                f"relative_damping gives λ = 0 there. Usual causes: a layer that is never used, "
-                f"dead units, a saturated loss. Use damping= (absolute), or leave the layer out "
-                f"with Task(..., parameters=…)."
-            )
-    return found
+        return damping
+    assert relative_damping is not None
+    return curvature.relative_damping(relative_damping)
+
+
+def curvature_attrs(curvature: Curvature) -> dict[str, Any]:
+    """What scores record of a curvature."""
+    forms = {block.layer.name: block.form for block in curvature.blocks}
+    info = {k: v for k, v in curvature.info.items() if k in ("fisher", "seed", "draws", "sequence")}
+    return {**info, "forms": forms}

@@ -1,39 +1,122 @@
-"""What the classical methods share: damping, score matrices in blocks, and their attributes.
+r"""The engine of the classical methods: products of preconditioned query and train gradients.
 
-Scores are ``(queries, train examples)``. A method *binds* the gradients of a block of queries,
-which gives a function from gradients of train examples to inner products ``(queries, examples)``;
-rows of gradients are as in :mod:`bayesinf.curvature._rows`.
+``influence[q, t] = scale · ⟨M ∇φ_q, ∇ℓ_t⟩``. A method is its preconditioner ``M``, a function from
+rows of query gradients to rows; rows are as in :mod:`bayesinf.curvature._rows`, one entry a layer.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
+import xarray as xr
 from torch import Tensor
 
-from bayesinf._data import Batch, Examples
-from bayesinf._task import Measurement, Task
+from bayesinf._data import Batch
+from bayesinf._task import Task
+from bayesinf.attribution._labels import Labels, make_labels
+from bayesinf.attribution._scores import label_scores
+from bayesinf.attribution._scoring import Options
+from bayesinf.attribution._sinks import MatrixSink, Sink, StoreSink, TopSink
 from bayesinf.curvature._accounting import Costs
-from bayesinf.curvature._layers import Layer, find_layers
-from bayesinf.curvature._rows import Rows
-from bayesinf.curvature._sources import GradientSource
+from bayesinf.curvature._rows import Explicit, Factored, Rows, gram, inner, squared_norms
+from bayesinf.curvature._sources import GradientSource, Tokens
 
-__all__ = [
-    "Bind",
-    "all_layers",
-    "pairwise",
-    "require_batch_size",
-    "require_damping",
-    "score_attrs",
-]
-
-Bind = Callable[[Sequence[Rows]], Callable[[Sequence[Rows]], Tensor]]
+__all__ = ["Attribution", "require_damping", "score"]
 
 _QUERY_ELEMENTS, _TRAIN_ELEMENTS = 2**27, 2**25
 """Most elements of explicit gradients of a block of queries, of train examples."""
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """What a method tells the engine.
+
+    Attributes
+    ----------
+    name, estimand
+        As in the registry.
+    precondition
+        ``M``.
+    scale
+        ``−1/n`` for influences, ``−1`` for similarities.
+    cosine
+        Divide by the norms of both gradients.
+    attrs
+        The method's own; those named in ``identity`` identify a store.
+    """
+
+    name: str
+    estimand: str
+    precondition: Callable[[list[Rows]], list[Rows]]
+    scale: float
+    cosine: bool = False
+    attrs: dict[str, Any] = field(default_factory=dict)
+
+
+def score(
+    task: Task, source: GradientSource, method: Attribution, options: Options, costs: Costs
+) -> xr.Dataset:
+    """Score pairs by a method, in blocks of bounded memory.
+
+    Parameters
+    ----------
+    task
+        Whose ids and checkpoint the scores bear.
+    source
+        Open source of gradients (of the same task, perhaps in another precision).
+    method
+        The method.
+    options
+        What to pair, and where scores go.
+    costs
+        Account to which seconds and passes are added.
+
+    Returns
+    -------
+    xr.Dataset
+        In the one format of scores.
+
+    Raises
+    ------
+    ValueError
+        If a gradient or a score is not finite, or tokens do not exist.
+    """
+    if options.pairs == "self":
+        with costs.stage("scores"):
+            return _self_scores(task, source, method, options, costs)
+    query = make_labels(source.task, "query", options.query_tokens, options.batch_size)
+    train = make_labels(source.task, "train", options.train_tokens, options.batch_size)
+    errors: dict[str, list[float]] = {}
+    sink = _sink(task, source, method, options, query, train)
+    with costs.stage("scores"):
+        for q, queries in _blocks(source.task, "query", options):
+            rows = query.entries(q)
+            columns = [train.entries(t) for t in _slices(source.task, "train", options)]
+            if all(sink.done(rows, c) for c in columns):
+                continue
+            found = _gradients(source, "query", q, queries, options, query)
+            left = _stored(method.precondition(found), options, errors)
+            norms = squared_norms(found).sqrt() if method.cosine else None
+            kept = _late_mask(query, q, options.query_tokens, source.task.device)
+            for t, batch in _blocks(source.task, "train", options):
+                if sink.done(rows, train.entries(t)):
+                    continue
+                right = _gradients(source, "train", t, batch, options, train)
+                block = _products(left, right, options.modules, source.task.dtype)
+                if norms is not None:
+                    block = _cosines(block, norms, squared_norms(right).sqrt())
+                late = _late_mask(train, t, options.train_tokens, source.task.device)
+                block = block if kept is None else block[:, kept]
+                block = block if late is None else block[:, :, late]
+                values = (block * method.scale).detach().cpu().numpy()
+                sink.write(rows, train.entries(t), values)
+    more = {name: max(values) for name, values in errors.items()}
+    return sink.finish(method.name, method.estimand, _attrs(task, method, options, costs, more))
 
 
 def require_damping(damping: Any, *, positive: bool = True) -> float:
@@ -62,92 +145,159 @@ def require_damping(damping: Any, *, positive: bool = True) -> float:
     return float(damping)
 
 
-def all_layers(task: Task) -> tuple[Layer, ...] | None:
-    """Layers if they cover every selected parameter, else ``None`` (gradients by torch.func)."""
-    layers, untreated = find_layers(task)
-    return None if untreated else layers
+def _self_scores(
+    task: Task, source: GradientSource, method: Attribution, options: Options, costs: Costs
+) -> xr.Dataset:
+    values = []
+    for t, batch in _blocks(source.task, "train", options):
+        rows = source.gradients("train", t, batch)
+        found = inner(method.precondition(rows), rows) * method.scale
+        if method.cosine:
+            found = found / squared_norms(rows).clamp_min(torch.finfo(found.dtype).tiny)
+        values.append(found.detach().cpu().numpy())
+    labels = make_labels(task, "train", None, options.batch_size)
+    return label_scores(
+        {"influence": (("train",), np.concatenate(values))},
+        labels.coords(),
+        method.name,
+        method.estimand,
+        _attrs(task, method, options, costs, {"pairs": "self"}),
+    )
 
 
-def pairwise(
-    task: Task,
-    source: GradientSource,
-    bind: Bind,
-    *,
-    measurement: Measurement,
-    batch_size: int,
-    costs: Costs,
-) -> np.ndarray:
-    """Inner products of query and train gradients in blocks of bounded memory.
-
-    Parameters
-    ----------
-    task
-        Whose examples.
-    source
-        Open source of gradients.
-    bind
-        The method; see the module.
-    measurement
-        φ of the queries; train examples enter with their loss.
-    batch_size
-        Most train examples (and queries) at a time.
-    costs
-        Account to which seconds and passes are added.
-
-    Returns
-    -------
-    np.ndarray
-        ``(queries, train examples)`` in the dtype of the gradients.
-    """
-    with costs.stage("scores"):
-        out: np.ndarray | None = None
-        for q, queries in _blocks(task.query, _QUERY_ELEMENTS, source.width, None):
-            product = bind(source.gradients("query", q, queries, measurement))
-            for t, batch in _blocks(task.train, _TRAIN_ELEMENTS, source.width, batch_size):
-                block = product(source.gradients("train", t, batch)).detach().cpu().numpy()
-                if out is None:
-                    out = np.empty((len(task.query), task.n), dtype=block.dtype)
-                out[q, t] = block
-        assert out is not None
-    return out
-
-
-def score_attrs(
-    task: Task, costs: Costs, measurement: Measurement, batch_size: int, **more: Any
+def _attrs(
+    task: Task, method: Attribution, options: Options, costs: Costs, more: dict[str, Any]
 ) -> dict[str, Any]:
-    """Attributes that every classical method records.
-
-    Parameters
-    ----------
-    task, costs, measurement, batch_size
-        What was computed, and what it cost.
-    **more
-        The method's own.
-    """
-    named = measurement if isinstance(measurement, str) else _function_name(measurement)
     return {
         "checkpoint": task.fingerprint()["checkpoint"],
         "n": task.n,
         "parameters": task.dimension,
-        "measurement": named,
-        "batch_size": batch_size,
+        **options.attrs(),
         **costs.attrs(),
+        **method.attrs,
         **more,
     }
 
 
-def require_batch_size(batch_size: Any) -> None:
-    """Raise ``ValueError`` unless a batch size is a positive integer."""
-    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
-        raise ValueError(f"batch_size must be a positive integer; got {batch_size!r}.")
+def _sink(
+    task: Task,
+    source: GradientSource,
+    method: Attribution,
+    options: Options,
+    query: Labels,
+    train: Labels,
+) -> Sink:
+    modules = [layer.name for layer in source.layers] if options.modules else None
+    if options.top_k is not None:
+        return TopSink(query, train, options.top_k)
+    if options.store is None:
+        return MatrixSink(query, train, modules)
+    config = {
+        "method": method.name,
+        "task": task.fingerprint(),
+        "options": {**options.attrs(), "query_batch_size": options.query_batch_size},
+        "settings": method.attrs,
+    }
+    dtype = str(source.task.dtype).removeprefix("torch.")
+    return StoreSink(options.store, query, train, modules, config, dtype)
 
 
-def _function_name(function: Any) -> str:
-    return str(getattr(function, "__name__", type(function).__name__))
+def _gradients(
+    source: GradientSource, split: str, where: slice, batch: Batch, options: Options, labels: Labels
+) -> list[Rows]:
+    query = split == "query"
+    tokens = options.query_tokens if query else options.train_tokens
+    measurement = options.measurement if query else "loss"
+    rows = source.gradients(split, where, batch, measurement, tokens)
+    if tokens == "position":
+        keep = labels.keep(where, source.task.device)
+        assert keep is not None
+        if not bool(keep.all()):
+            rows = [layer.part(keep) for layer in rows]
+    return rows
 
 
-def _blocks(
-    examples: Examples, elements: int, width: int, most: int | None
-) -> Iterator[tuple[slice, Batch]]:
-    size = max(1, elements // width)
-    yield from examples.batches(size if most is None else min(size, most))
+def _late_mask(
+    labels: Labels, where: slice, tokens: Tokens | None, device: torch.device
+) -> Tensor | None:
+    """Which entries of a block count, where rows could not be chosen before."""
+    return labels.keep(where, device) if tokens == "loss" else None
+
+
+def _products(left: list[Rows], right: list[Rows], modules: bool, dtype: torch.dtype) -> Tensor:
+    """Inner products ``(1 or modules, rows, columns)``."""
+    if not modules:
+        return gram(left, right, dtype).unsqueeze(0)
+    return torch.stack([gram([x], [y], dtype) for x, y in zip(left, right, strict=True)])
+
+
+def _cosines(block: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Divide by norms; a gradient that is zero has cosine 0 with everything."""
+    scales = [torch.where(x > 0, 1 / x, torch.zeros_like(x)) for x in (left, right)]
+    return block * scales[0][:, None] * scales[1]
+
+
+def _stored(rows: list[Rows], options: Options, errors: dict[str, list[float]]) -> list[Rows]:
+    """Query gradients as they are kept, with the relative error of that."""
+    if options.query_rank is not None:
+        rank = options.query_rank
+        rows = _approximated(rows, lambda x: _low_rank(x, rank), "query_rank_error", errors)
+    dtype = options.gradient_dtype
+    if dtype is not None:
+        rows = _approximated(rows, lambda x: x.to(dtype), "gradient_dtype_error", errors)
+    return rows
+
+
+def _approximated(
+    rows: list[Rows],
+    approximate: Callable[[Rows], Rows],
+    name: str,
+    errors: dict[str, list[float]],
+) -> list[Rows]:
+    kept = [approximate(layer) for layer in rows]
+    lost = total = 0.0
+    for exact, approximation in zip(rows, kept, strict=True):
+        for where, part in exact.chunks():
+            full = part.matrices().double()
+            lost += float((full - approximation.part(where).matrices().double()).square().sum())
+            total += float(full.square().sum())
+    errors.setdefault(name, []).append(math.sqrt(lost / total) if total else 0.0)
+    return kept
+
+
+def _low_rank(rows: Rows, rank: int) -> Rows:
+    """The best approximation of every matrix by one of lower rank."""
+    if not isinstance(rows, Explicit) or min(rows.matrix_shape) <= rank:
+        return rows
+    matrices = rows.matrices().flatten(0, 1)
+    u, s, v = torch.linalg.svd(matrices, full_matrices=False)
+    values = (u[:, :, :rank] * s[:, None, :rank]).mT.unsqueeze(1)  # (Q, 1, r, P)
+    return Factored(values, v[:, :rank])
+
+
+def _blocks(task: Task, split: str, options: Options) -> Iterator[tuple[slice, Batch]]:
+    for where in _slices(task, split, options):
+        yield where, task.examples(split).batch(where)
+
+
+def _slices(task: Task, split: str, options: Options) -> Iterator[slice]:
+    """Blocks of examples."""
+    query = split == "query"
+    tokens = options.query_tokens if query else options.train_tokens
+    elements = _QUERY_ELEMENTS if query else _TRAIN_ELEMENTS
+    rows = 1 if tokens is None or (tokens == "position" and not query) else _length(task, split)
+    most = options.query_batch_size if query else options.batch_size
+    size = max(1, elements // (task.dimension * rows))
+    size = min(size, most or size)
+    n = len(task.examples(split))
+    for start in range(0, n, size):
+        yield slice(start, min(start + size, n))
+
+
+def _length(task: Task, split: str) -> int:
+    """Tokens of an example."""
+    inputs, target = task.examples(split).batch(slice(0, 1))
+    first = inputs.get("input_ids", target) if isinstance(inputs, dict) else inputs
+    first = first[0] if isinstance(first, tuple) else first
+    assert isinstance(first, Tensor)
+    return int(first.shape[1])

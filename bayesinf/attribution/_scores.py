@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-__all__ = ["METHODS", "Method", "make_scores", "register"]
+__all__ = ["METHODS", "Method", "finite", "label_scores", "make_scores", "register"]
 
 ESTIMANDS = ("influence", "similarity")
 
@@ -84,32 +84,66 @@ def make_scores(
     ValueError
         If a shape is wrong, the estimand unknown, or any score not finite.
     """
-    if estimand not in ESTIMANDS:
-        raise ValueError(f"estimand must be one of {ESTIMANDS}; got {estimand!r}.")
     shape = (len(query), len(train))
     arrays = {"influence": influence, **variables}
     for name, array in arrays.items():
         if array.shape != shape:
             raise ValueError(f"{name} must have shape (query, train) = {shape}; got {array.shape}.")
-        bad = ~np.isfinite(array)
-        if bad.any():
-            q, t = np.argwhere(bad)[0]
-            raise ValueError(
-                f"{method}: {name} is not finite for {int(bad.sum())} of {bad.size} pairs, first "
-                f"query {query.tolist()[q]!r} and train {train.tolist()[t]!r}. Usual causes: inf "
-                f"or NaN in an example's loss or gradient, or a damping too small for precision."
-            )
-    meta = {
-        "method": method,
-        "estimand": estimand,
-        "checkpoints": 1,
-        **_versions(),
-        **(attrs or {}),
-    }
-    return xr.Dataset(
+    return label_scores(
         {name: (("query", "train"), array) for name, array in arrays.items()},
-        coords={"query": _labels(query), "train": _labels(train)},
+        {"query": _labels(query), "train": _labels(train)},
+        method,
+        estimand,
+        attrs or {},
+    )
+
+
+def label_scores(
+    arrays: dict[str, tuple[tuple[str, ...], np.ndarray]],
+    coords: dict[str, Any],
+    method: str,
+    estimand: str,
+    attrs: dict[str, Any],
+) -> xr.Dataset:
+    """Label arrays of any dimensions as scores; arguments as for :func:`make_scores`.
+
+    Raises
+    ------
+    ValueError
+        If the estimand is unknown, or any score not finite.
+    """
+    if estimand not in ESTIMANDS:
+        raise ValueError(f"estimand must be one of {ESTIMANDS}; got {estimand!r}.")
+    meta = {"method": method, "estimand": estimand, "checkpoints": 1, **_versions(), **attrs}
+    scores = xr.Dataset(
+        arrays,
+        coords=coords,
         attrs={key: _plain(value) for key, value in meta.items() if value is not None},
+    )
+    for name, array in scores.data_vars.items():
+        if not bool(np.isfinite(array).all()):
+            raise ValueError(_not_finite(f"{method}: {name}", array))
+    return scores
+
+
+def finite(name: str, block: np.ndarray, query: np.ndarray, train: np.ndarray) -> None:
+    """Raise ``ValueError`` if a block of scores ``(query, train)`` is not finite."""
+    if not np.isfinite(block).all():
+        raise ValueError(
+            _not_finite(
+                name, xr.DataArray(block, {"query": query, "train": train}, ("query", "train"))
+            )
+        )
+
+
+def _not_finite(name: str, array: xr.DataArray) -> str:
+    bad = ~np.isfinite(array.values)
+    first = array[tuple(np.argwhere(bad)[0])]
+    labels = [f"{k} {first[k].item()!r}" for k in ("query", "train") if k in first.coords]
+    return (
+        f"{name} is not finite for {int(bad.sum())} of {bad.size} pairs, first "
+        f"{' and '.join(labels)}. Usual causes: inf or NaN in an example's loss or gradient, or a "
+        f"damping too small for precision."
     )
 
 

@@ -1,16 +1,21 @@
-"""Curvature of the training loss: capture, Kronecker algebra, factors."""
+"""Curvature of the training loss, and operators made from it."""
 
+from bayesinf.curvature._curvature import Block, Curvature
 from bayesinf.curvature._definite import NotPositiveDefiniteError
-from bayesinf.curvature._ekfac import LayerFactors, fit_factors
+from bayesinf.curvature._find import find_layers
+from bayesinf.curvature._fit import fit_curvature
 from bayesinf.curvature._hessian import dense_hessian
-from bayesinf.curvature._layers import Layer, UntreatedParametersWarning, find_layers
+from bayesinf.curvature._layers import Layer
+from bayesinf.curvature._saving import load_curvature, save_curvature
 
 __all__ = [
+    "Block",
+    "Curvature",
     "Layer",
-    "LayerFactors",
     "NotPositiveDefiniteError",
-    "UntreatedParametersWarning",
     "dense_hessian",
     "find_layers",
-    "fit_factors",
+    "fit_curvature",
+    "load_curvature",
+    "save_curvature",
 ]

@@ -1,45 +1,38 @@
 r"""Per-example gradients of layers from one ordinary backward pass.
 
-For a layer the gradient of example ``b`` is ``G_b = Σ_t ds_bt a_btᵀ``: ``a`` ``(B, T, M)`` are its
-inputs, ``ds`` ``(B, T, P)`` the derivatives of the example's scalar in its outputs. Positions ``t``
-are the leading dimensions of an ``nn.Linear`` input beyond the batch, the output pixels of an
-``nn.Conv2d`` (its input unfolded into patches), and all calls of all modules that hold the weight.
-
-Hooks sit on the task's own copy of the network and only for the length of a ``with`` block.
-Differentiation runs through a functional call, so ``requires_grad`` and ``.grad`` are not touched.
+A layer's gradient is made from what its modules saw in the forward pass and the derivatives in
+their outputs (:mod:`bayesinf.curvature._sites`); that of a *free* parameter by differentiating the
+network example by example. Hooks sit on the task's own copy of the network and only for the length
+of a ``with`` block. Differentiation runs through a functional call, so ``requires_grad`` and
+``.grad`` are not touched.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import cached_property
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.utils._pytree import tree_flatten
+from torch.autograd.graph import get_gradient_edge
+from torch.func import vjp, vmap
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from bayesinf._data import Batch
 from bayesinf._task import Task
 from bayesinf.curvature._accounting import Costs
 from bayesinf.curvature._layers import Layer
+from bayesinf.curvature._rows import Explicit, Factored, Grouped, Indexed, Rows, mixed
+from bayesinf.curvature._sites import Call, contribution, expand_shared_index
 
-__all__ = ["Capture", "Record", "require_finite"]
-
-_CHECKED = 16
-"""Examples on which captured gradients are compared with autograd's."""
+__all__ = ["Capture", "Record", "each_example", "require_finite"]
 
 
-@dataclass(frozen=True)
-class _Call:
-    module: nn.Module
-    input: Tensor
-    edge: GradientEdge
-    output_shape: torch.Size
+Derivatives = tuple[dict[int, Tensor | None], dict[str, Rows]]
+"""Derivatives in the outputs of calls by their id, and rows of free layers by name."""
 
 
 class Record:
@@ -54,107 +47,121 @@ class Record:
     """
 
     def __init__(
-        self,
-        outputs: Any,
-        size: int,
-        layers: tuple[Layer, ...],
-        calls: dict[str, list[_Call]],
-        costs: Costs,
+        self, capture: Capture, batch: Batch, outputs: Any, calls: dict[str, list[Call]]
     ) -> None:
-        self.outputs, self.size = outputs, size
-        self._layers, self._costs = layers, costs
-        self._calls = [[c for site in layer.sites for c in calls[site]] for layer in layers]
+        self.outputs, self.size = outputs, _length(batch)
+        self._task, self._layers, self._costs = capture.task, capture.layers, capture.costs
+        self._batch = batch
+        self._calls = [[c for s in layer.sites for c in calls[s]] for layer in self._layers]
         self._every = list({id(c): c for group in self._calls for c in group}.values())
 
     @cached_property
-    def inputs(self) -> list[Tensor]:
-        """Inputs ``a`` of each layer, ``(B, T, M)``, a 1 last where there is a bias."""
-        return [
-            self._join([_input_positions(layer, c, self.size) for c in calls], layer.shape[1])
-            for layer, calls in zip(self._layers, self._calls, strict=True)
-        ]
+    def mask(self) -> Tensor | None:
+        """Positions ``(B, T)`` that count, where the inputs hold an ``attention_mask``."""
+        inputs = self._batch[0]
+        mask = inputs.get("attention_mask") if isinstance(inputs, dict) else None
+        return mask.bool() if mask is not None and mask.ndim == 2 else None
 
     def pull(
         self, value: Tensor, vector: Tensor | None = None, *, keep: bool = False
-    ) -> list[Tensor]:
-        """Derivatives ``ds`` in each layer's outputs, ``(B, T, P)``.
+    ) -> list[Rows]:
+        """Gradients of every example in every layer, rows ``(B, 1)``.
 
         Parameters
         ----------
         value
-            A scalar, or a tensor together with ``vector``: something computed from ``outputs``.
+            A sum over examples, or a tensor together with ``vector``: something computed from
+            ``outputs``.
         vector
-            Derivative of the wanted scalar in ``value``.
+            Derivative of the wanted sum in ``value``.
         keep
             Keep the graph for another pull.
         """
-        edges = [call.edge for call in self._every]
+        derivatives = self.differentiate(value, vector, keep=keep)
+        return [self.rows(i, derivatives) for i in range(len(self._layers))]
+
+    def differentiate(
+        self, value: Tensor, vector: Tensor | None = None, *, keep: bool = False
+    ) -> Derivatives:
+        """One backward pass: derivatives in the outputs of all calls, and in free parameters."""
+        free = [layer for layer in self._layers if layer.kind == "free"]
+        targets: list[Any] = [call.edge for call in self._every]
+        targets += [self.outputs] if free else []
         found: tuple[Tensor | None, ...] = ()
-        if edges:
+        if targets:
             found = torch.autograd.grad(
                 [value],
-                edges,
+                targets,
                 None if vector is None else [vector],
                 retain_graph=keep,
                 allow_unused=True,
             )
         self._costs.backward_examples += self.size
-        by_call = {id(call): ds for call, ds in zip(self._every, found, strict=True)}
-        return [
-            self._join(
-                [_output_positions(layer, c, by_call[id(c)], self.size) for c in calls],
-                layer.shape[0],
-            )
-            for layer, calls in zip(self._layers, self._calls, strict=True)
-        ]
+        by_call = {id(c): ds for c, ds in zip(self._every, found, strict=False)}
+        return by_call, self._free(free, found[-1]) if free else {}
 
-    def _join(self, parts: list[Tensor], width: int) -> Tensor:
+    def rows(self, i: int, derivatives: Derivatives) -> Rows:
+        """Rows ``(B, 1)`` of the layer at position ``i``."""
+        layer, (by_call, alone) = self._layers[i], derivatives
+        if layer.kind == "free":
+            return alone[layer.name]
+        parts = [contribution(layer, c, by_call[id(c)], self.size) for c in self._calls[i]]
         if not parts:
-            return self.outputs.new_zeros(self.size, 0, width)
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+            weights = next(iter(self._task.params.values()))
+            return Explicit(weights.new_zeros(self.size, 1, *layer.shape))
+        kinds = dict.fromkeys(type(part) for part in parts)
+        joined = [_join([part for part in parts if type(part) is kind]) for kind in kinds]
+        return joined[0] if len(joined) == 1 else mixed(joined)
+
+    def _free(self, layers: list[Layer], cotangent: Tensor | None) -> dict[str, Rows]:
+        """Gradients of free parameters, the network differentiated example by example."""
+        task = self._task
+        params = {str(layer.weight): task.params[str(layer.weight)] for layer in layers}
+        if cotangent is None:
+            cotangent = torch.zeros_like(self.outputs)
+
+        def one(example: Any) -> dict[str, Tensor]:
+            inputs, outer = tree_map(lambda leaf: leaf.unsqueeze(0), example)
+            pull = vjp(lambda p: task.outputs({**task.params, **p}, (inputs, None)), params)[1]
+            return pull(outer)[0]
+
+        found = each_example(one, (self._batch[0], cotangent))
+        self._costs.forward_examples += self.size
+        self._costs.backward_examples += self.size
+        return {layer.name: Explicit(layer.pack(found).unsqueeze(1)) for layer in layers}
 
 
 class Capture:
-    """Hooks that yield inputs and output derivatives of layers, for the length of a ``with`` block.
-
-    On entry the captured gradients of the first training examples are compared with autograd's.
+    """Hooks that yield gradients of layers, for the length of a ``with`` block.
 
     Parameters
     ----------
     task
         Whose network copy to hook.
     layers
-        From :func:`~bayesinf.curvature._layers.find_layers`.
+        From :func:`bayesinf.curvature.find_layers`.
     costs
         Account to which passes are added.
-
-    Raises
-    ------
-    ValueError
-        On entry, if captured and true gradients of a layer differ; on recording, if a layer's
-        inputs do not have the examples first; if a gradient is not finite.
     """
 
     def __init__(self, task: Task, layers: tuple[Layer, ...], costs: Costs | None = None) -> None:
         self.task, self.layers = task, layers
         self.costs = costs if costs is not None else Costs()
         names = [name for layer in layers for name in layer.parameters]
-        self._params = {name: task.params[name].detach().requires_grad_() for name in names}
-        self._calls: dict[str, list[_Call]] = {}
-        self._recording = False
+        self.params = {name: task.params[name].detach().requires_grad_() for name in names}
+        self._calls: dict[str, list[Call]] = {}
+        self._size = 0
         self._handles: list[Any] = []
 
     def __enter__(self) -> Self:
         sites = {site for layer in self.layers for site in layer.sites}
         for site, module in self.task.module.named_modules():
-            if site in sites:
-                hook = self._hook(site)
-                self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
-        try:
-            self._verify()
-        except BaseException:
-            self._remove()
-            raise
+            if site not in sites:
+                continue
+            if isinstance(module, nn.Embedding):
+                self._handles.append(module.register_forward_pre_hook(self._expand))
+            hook = self._hook(site)
+            self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
         return self
 
     def __exit__(
@@ -163,9 +170,6 @@ class Capture:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._remove()
-
-    def _remove(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -173,91 +177,58 @@ class Capture:
 
     def record(self, batch: Batch) -> Record:
         """Run a batch forward and return what the layers saw."""
-        if not self._handles:
-            raise RuntimeError(
-                "Capture.record works inside its with block: `with Capture(…) as c`."
-            )
         self._calls = {site: [] for layer in self.layers for site in layer.sites}
-        self._recording = True
+        self._size = _length(batch)
         try:
             with torch.enable_grad():
-                outputs = self.task.outputs(self._params, batch)
+                outputs = self.task.outputs(self.params, batch)
         finally:
-            self._recording = False
-        size = len(tree_flatten(batch)[0][0])
-        self.costs.forward_examples += size
-        return Record(outputs, size, self.layers, self._calls, self.costs)
+            self._size = 0
+        self.costs.forward_examples += _length(batch)
+        return Record(self, batch, outputs, self._calls)
 
     def _hook(self, site: str) -> Any:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-            if self._recording and output.requires_grad:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if self._size and isinstance(output, Tensor) and output.requires_grad:
                 x = args[0] if args else kwargs["input"]
-                call = _Call(module, x.detach(), get_gradient_edge(output), output.shape)
+                call = Call(
+                    module, x.detach(), get_gradient_edge(output), output.shape, output.dtype
+                )
                 self._calls[site].append(call)
 
         return hook
 
-    def _verify(self) -> None:
-        """Compare ``Σ_b r_b G_b`` with autograd's gradient of ``Σ_b r_b ℓ_b``, unequal ``r``.
-
-        Unequal weights tell a missing use of a parameter as well as examples in the wrong order.
-        """
-        count = min(_CHECKED, self.task.n)
-        batch = self.task.train.batch(slice(0, count))
-        record = self.record(batch)
-        with torch.enable_grad():
-            losses = self.task.likelihood.loss(record.outputs, batch[1])
-            weights = torch.linspace(0.5, 1.5, count, dtype=losses.dtype, device=losses.device)
-            weighted, total = (weights * losses).sum(), losses.sum()
-        if not weighted.requires_grad:
-            raise ValueError(
-                "the loss does not depend on any selected parameter through autograd. Usual "
-                "causes: torch.no_grad() or .detach() inside the model's forward."
-            )
-        params = list(self._params.values())
-        found = torch.autograd.grad(weighted, params, retain_graph=True, allow_unused=True)
-        exact = {
-            name: torch.zeros_like(p) if g is None else g
-            for (name, p), g in zip(self._params.items(), found, strict=True)
-        }
-        ds = record.pull(total)
-        ids = self.task.train.ids[:count]
-        for layer, a, d in zip(self.layers, record.inputs, ds, strict=True):
-            truth = layer.pack(exact)
-            require_finite(truth, layer.name, a, d, ids, "train")
-            scaled = d * weights[:, None, None]
-            captured = scaled.flatten(0, 1).T @ a.flatten(0, 1)
-            bound = (scaled.flatten(1).norm(dim=1) * a.flatten(1).norm(dim=1)).sum()
-            tolerance = 1e-4 if losses.dtype == torch.float32 else 1e-9
-            gap = (captured - truth).norm()
-            if gap > tolerance * torch.maximum(bound, truth.norm()):
-                raise ValueError(_mismatch(layer, float(gap), float(truth.norm())))
+    def _expand(self, module: nn.Module, args: Any) -> Any:
+        return (
+            (expand_shared_index(args[0], self._size), *args[1:]) if self._size and args else None
+        )
 
 
-def _mismatch(layer: Layer, gap: float, norm: float) -> str:
-    return (
-        f"layer {layer.name!r}: gradients from its inputs and outputs differ from autograd's by "
-        f"{gap:.3g} (norm {norm:.3g}). Usual causes: its weight is also used outside the layer's "
-        f"own forward (a functional call, torch's MultiheadAttention, a penalty), an example's "
-        f"loss depends on other examples of the batch, or the layer's input is not ordered by "
-        f"example. Leave it out with Task(..., parameters=…), or use a method that takes any model "
-        f"(grad_dot, gauss_newton, hessian)."
-    )
+def each_example(function: Callable[[Any], Any], examples: Any) -> Any:
+    """Apply a function of one example to all: vectorised, or in a loop where that fails.
+
+    ``vmap`` refuses networks with data-dependent control flow or in-place updates; what is truly
+    wrong with the function raises again in the loop.
+    """
+    try:
+        return vmap(function)(examples)
+    except (RuntimeError, NotImplementedError):
+        count = len(tree_flatten(examples)[0][0])
+        results = [function(tree_map(lambda leaf, i=i: leaf[i], examples)) for i in range(count)]
+        leaves = [tree_flatten(result)[0] for result in results]
+        spec = tree_flatten(results[0])[1]
+        return tree_unflatten([torch.stack(parts) for parts in zip(*leaves, strict=True)], spec)
 
 
-def require_finite(
-    summary: Tensor, name: str, a: Tensor | None, ds: Tensor, ids: np.ndarray, split: str
-) -> None:
-    """Raise if ``summary`` is not finite, and name the first example behind it.
+def require_finite(rows: Rows, name: str, ids: np.ndarray, split: str) -> None:
+    """Raise if a layer's rows are not finite, and name the first example behind it.
 
     Parameters
     ----------
-    summary
-        Anything computed from ``a`` and ``ds``; only looked at for finiteness.
+    rows
+        Rows of one layer.
     name
         The layer, for the message.
-    a, ds
-        Tensors with the examples in the first dimension; ``a`` may be absent.
     ids
         Ids of the examples.
     split
@@ -268,73 +239,31 @@ def require_finite(
     ValueError
         Naming example and layer.
     """
-    if bool(torch.isfinite(summary).all()):
+    tensors = [rows.values] + [rows.a for _ in (1,) if isinstance(rows, (Factored, Grouped))]
+    # a sum is finite unless an entry is not (or the entries are near overflow)
+    if bool(torch.isfinite(torch.stack([tensor.sum() for tensor in tensors])).all()):
         return
-    fine = torch.isfinite(ds).flatten(1).all(1)
-    if a is not None:
-        fine &= torch.isfinite(a).flatten(1).all(1)
+    fine = torch.stack([torch.isfinite(t).flatten(1).all(1) for t in tensors]).all(0)
     bad = (~fine).nonzero().flatten().tolist()
     names = ids.tolist()
-    if not bad:
+    if bad:
         raise ValueError(
-            f"layer {name!r}: gradients of {split} examples {names[0]!r} … {names[-1]!r} are "
-            f"finite, but their products overflow {ds.dtype}. Use a float64 model: model.double()."
+            f"layer {name!r}: the gradient of {split} example {names[bad[0]]!r} is NaN or infinite "
+            f"({len(bad)} of {len(names)} examples in this batch). Look at that example's input "
+            f"and loss; usual causes: division by zero, sqrt or log at 0, overflow in the model."
         )
-    raise ValueError(
-        f"layer {name!r}: the gradient of {split} example {names[bad[0]]!r} is NaN or infinite "
-        f"({len(bad)} of {len(names)} examples in this batch). Look at that example's input and "
-        f"loss; usual causes: division by zero, sqrt or log at 0, overflow in the model."
-    )
 
 
-def _rows(layer: Layer, positions: Tensor, size: int, first: int) -> Tensor:
-    """Split ``(first, *, width)`` into ``(B, T, width)``, the examples first."""
-    if first % size:
-        raise ValueError(
-            f"layer {layer.name!r}: its input has {first} rows for {size} examples, so rows "
-            f"cannot be told apart by example. Usual cause: the layer acts on something shared by "
-            f"the whole batch (a position table, a prompt). Leave it out with "
-            f"Task(..., parameters=…)."
-        )
-    return positions.reshape(size, -1, positions.shape[-1])
+def _join(parts: list[Any]) -> Factored | Grouped | Indexed:
+    """Positions of several calls of the same examples, one after another."""
+    if len(parts) == 1:
+        return parts[0]
+    first = parts[0]
+    values = torch.cat([part.values for part in parts], dim=2)
+    if isinstance(first, Indexed):
+        return Indexed(values, torch.cat([part.index for part in parts], dim=1), first.size)
+    return type(first)(values, torch.cat([part.a for part in parts], dim=1))
 
 
-def _input_positions(layer: Layer, call: _Call, size: int) -> Tensor:
-    x, module = call.input, call.module
-    if layer.weight is None:
-        count = call.output_shape.numel() // (layer.shape[0] * size)
-        return x.new_ones(size, count, 1)
-    if isinstance(module, nn.Conv2d):
-        x = _patches(module, x if x.ndim == 4 else x.unsqueeze(0))
-    first = 1 if x.ndim == 1 else x.shape[0]
-    rows = _rows(layer, x, size, first)
-    if layer.bias is None:
-        return rows
-    return torch.cat([rows, rows.new_ones(*rows.shape[:2], 1)], dim=-1)
-
-
-def _output_positions(layer: Layer, call: _Call, ds: Tensor | None, size: int) -> Tensor:
-    if ds is None:
-        ds = call.input.new_zeros(call.output_shape)
-    if isinstance(call.module, nn.Conv2d):
-        ds = ds if ds.ndim == 4 else ds.unsqueeze(0)
-        ds = ds.flatten(2).transpose(1, 2)
-    first = 1 if ds.ndim == 1 else ds.shape[0]
-    return _rows(layer, ds, size, first)
-
-
-def _patches(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """Patches ``(B, T, C·kh·kw)`` that a convolution multiplies with its weight."""
-    pads: list[int] = []
-    for i in (1, 0):  # F.pad takes the last dimension first
-        if conv.padding == "same":
-            total = conv.dilation[i] * (conv.kernel_size[i] - 1)
-            pads += [total // 2, total - total // 2]
-        elif conv.padding == "valid":
-            pads += [0, 0]
-        else:
-            pads += [int(conv.padding[i])] * 2
-    if any(pads):
-        x = F.pad(x, pads, mode="constant" if conv.padding_mode == "zeros" else conv.padding_mode)
-    columns = F.unfold(x, conv.kernel_size, dilation=conv.dilation, stride=conv.stride)
-    return columns.transpose(1, 2)
+def _length(batch: Batch) -> int:
+    return len(tree_flatten(batch)[0][0])

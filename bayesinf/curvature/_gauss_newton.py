@@ -13,7 +13,6 @@ Source: Martens 2020, "New insights and perspectives on the natural gradient met
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +22,7 @@ from bayesinf._likelihoods import require
 from bayesinf._task import Task
 from bayesinf.curvature._accounting import Costs
 from bayesinf.curvature._definite import cholesky, require_memory, smallest_eigenvalue
-from bayesinf.curvature._rows import Rows, concatenate, gram
+from bayesinf.curvature._rows import Explicit, Factored, Rows, concatenate, gram
 from bayesinf.curvature._sources import GradientSource
 
 __all__ = ["DenseInverse", "ExampleSpaceInverse", "fit_gauss_newton"]
@@ -34,23 +33,25 @@ _CHUNK = 2**25
 
 @dataclass(frozen=True)
 class DenseInverse:
-    """``(C + λI)⁻¹`` from the Cholesky factor ``(d, d)``.
+    """``(C + λI)⁻¹`` from the Cholesky factor ``(d, d)``, in the order of :meth:`Task.flatten`.
 
     Attributes
     ----------
+    source
+        Whose layers the rows have.
     factor
         Lower Cholesky factor of ``C + λI``.
     lambda_min
         ``λ_min(C) + λ``.
     """
 
+    source: GradientSource
     factor: Tensor
     lambda_min: float
 
-    def bind(self, queries: Sequence[Rows]) -> Callable[[Sequence[Rows]], Tensor]:
-        """Return the function from gradients ``v`` to ``uᵀ (C + λI)⁻¹ v``, for queries ``u``."""
-        solved = torch.cholesky_solve(_flat(queries).T, self.factor)
-        return lambda rows: (_flat(rows) @ solved).T
+    def __call__(self, rows: list[Rows]) -> list[Rows]:
+        """``(C + λI)⁻¹`` times every row."""
+        return self.source.unflat(torch.cholesky_solve(self.source.flat(rows).T, self.factor).T)
 
 
 @dataclass(frozen=True)
@@ -77,15 +78,13 @@ class ExampleSpaceInverse:
     damping: float
     lambda_min: float
 
-    def bind(self, queries: Sequence[Rows]) -> Callable[[Sequence[Rows]], Tensor]:
-        """Return the function from gradients ``v`` to ``uᵀ (C + λI)⁻¹ v``, for queries ``u``."""
-        projected = gram(self.rows, queries)
-        solved = torch.cholesky_solve(projected, self.factor) / self.n
-
-        def product(rows: Sequence[Rows]) -> Tensor:
-            return (gram(queries, rows) - solved.T @ gram(self.rows, rows)) / self.damping
-
-        return product
+    def __call__(self, rows: list[Rows]) -> list[Rows]:
+        """``(C + λI)⁻¹`` times every row."""
+        solved = torch.cholesky_solve(gram(self.rows, rows), self.factor) / self.n  # (N, Q)
+        return [
+            Explicit((q.matrices() - combine(r, solved)) / self.damping)
+            for q, r in zip(rows, self.rows, strict=True)
+        ]
 
 
 def fit_gauss_newton(
@@ -131,7 +130,7 @@ def fit_gauss_newton(
     if solver not in SOLVERS:
         raise ValueError(f"solver must be one of {SOLVERS}; got {solver!r}.")
     costs = costs if costs is not None else Costs()
-    d, count, explicit = source.width, *_example_space(task, source)
+    d, count, explicit = task.dimension, *_example_space(task, source)
     if solver == "auto":
         solver = "woodbury" if count < d and damping > 0 else "dense"
     if solver == "woodbury" and damping == 0:
@@ -155,13 +154,13 @@ def _example_space(task: Task, source: GradientSource) -> tuple[int, int]:
     with torch.no_grad():
         k = len(factor(task.outputs(task.params, first), first[1]))
     rows = source.curvature_rows(slice(0, 1), task.train.batch(slice(0, 1)))
-    return task.n * k, sum(r.values[0, 0].numel() for r in rows if not r.rank_one)
+    return task.n * k, sum(r.values[0, 0].numel() for r in rows if isinstance(r, Explicit))
 
 
 def _dense(
     task: Task, source: GradientSource, damping: float, batch_size: int, costs: Costs
 ) -> DenseInverse:
-    d = source.width
+    d = task.dimension
     matrix = torch.zeros(d, d, dtype=torch.float64, device=task.device)
     with costs.stage("curvature"):
         for where, batch in task.train.batches(batch_size):
@@ -169,11 +168,11 @@ def _dense(
             size, k = rows[0].shape
             step = max(1, _CHUNK // (k * d))
             for start in range(0, size, step):
-                part = _flat([r.part(slice(start, start + step)) for r in rows])
+                part = source.flat([r.part(slice(start, start + step)) for r in rows])
                 matrix.addmm_(part.T, part, alpha=1 / task.n)
     with costs.stage("factorization"):
         factor = cholesky(matrix, damping, "Gauss–Newton matrix")
-        return DenseInverse(factor, smallest_eigenvalue(factor))
+        return DenseInverse(source, factor, smallest_eigenvalue(factor))
 
 
 def _example_space_inverse(
@@ -187,11 +186,23 @@ def _example_space_inverse(
         del blocks
         matrix = gram(rows, rows).div_(task.n)
     with costs.stage("factorization"):
-        surplus = len(matrix) - source.width
+        surplus = len(matrix) - task.dimension
         low = float(torch.linalg.eigvalsh(matrix)[surplus]) if surplus >= 0 else 0.0
         factor = cholesky(matrix, damping, "Gauss–Newton matrix")
     return ExampleSpaceInverse(rows, task.n, factor, damping, max(low, 0.0) + damping)
 
 
-def _flat(rows: Sequence[Rows]) -> Tensor:
-    return torch.cat([layer.flat() for layer in rows], dim=1)
+def combine(rows: Rows, weights: Tensor) -> Tensor:
+    """Sums of rows, ``Σ_r weights_rq G_r``: weights ``(B·K, Q)`` give ``(Q, 1, P, M)``."""
+    p, m = rows.matrix_shape
+    out = weights.new_zeros(weights.shape[1], 1, p, m)
+    if isinstance(rows, Factored) and rows.rank_one:
+        k = rows.shape[1]
+        ds, a = rows.values.flatten(0, 2), rows.a.flatten(0, 1).repeat_interleave(k, dim=0)
+        for q, column in enumerate(weights.T):
+            out[q, 0] = (ds * column[:, None]).T @ a
+        return out
+    weights = weights.view(*rows.shape, -1)
+    for where, part in rows.chunks():
+        out += (weights[where].flatten(0, 1).T @ part.flat()).view(out.shape)
+    return out

@@ -21,6 +21,7 @@ from bayesinf.curvature._definite import (
     smallest_eigenvalue,
 )
 from bayesinf.curvature._gauss_newton import DenseInverse
+from bayesinf.curvature._sources import GradientSource
 
 __all__ = ["dense_hessian", "fit_hessian"]
 
@@ -61,6 +62,7 @@ def dense_hessian(
 
 def fit_hessian(
     task: Task,
+    source: GradientSource,
     damping: float,
     *,
     batch_size: int = 256,
@@ -73,6 +75,8 @@ def fit_hessian(
     ----------
     task
         In float64.
+    source
+        Open source of its gradients.
     damping
         λ, in units of the mean loss, weight decay included.
     batch_size
@@ -104,7 +108,7 @@ def fit_hessian(
         low = smallest_eigenvalue(factor)
         if low <= 0:
             raise not_definite(low, damping, "Hessian")
-        return DenseInverse(factor, low)
+        return DenseInverse(source, factor, low)
 
 
 def _gradient_pullback(task: Task, flat: Tensor, batch: Batch) -> Callable[[Tensor], Tensor]:

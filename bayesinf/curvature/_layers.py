@@ -1,14 +1,22 @@
-"""Which parameters sit in layers whose gradients factor into inputs and output gradients.
+"""Which parameters belong together, as layers whose gradients have a known structure.
 
-A layer is a matrix of parameters ``(P, M)``: ``P`` outputs, ``M`` inputs, the bias (if it is
-selected) as the last column, the one that multiplies a constant input 1. A convolution's weight
-``(P, C, kh, kw)`` is the matrix ``(P, C·kh·kw)``. Flattened, a layer is row-major: ``p·M + m``.
+A layer is a matrix of parameters ``(P, M)``: for a linear map ``P`` outputs and ``M`` inputs, the
+bias (if it is selected) as the last column, the one that multiplies a constant input 1. Flattened,
+a layer is row-major: ``p·M + m``. By kind:
+
+* ``linear``: ``nn.Linear``, Hugging Face ``Conv1D`` (whose weight is stored transposed);
+* ``conv``: ``nn.Conv1d/2d/3d``; the weight ``(P, C/groups, *kernel)`` is ``(P, C/groups·kernel)``,
+  and with ``groups`` the rows fall into that many blocks with inputs of their own;
+* ``embedding``: ``nn.Embedding``, ``(vocabulary, width)``;
+* ``affine``: weight and bias of normalisation layers, one row a channel, as many groups as rows;
+* ``tied``: one weight held by an embedding and linear layers;
+* ``free``: any other parameter, alone; ``(first dimension, the others)``.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,11 +24,14 @@ from torch import Tensor, nn
 
 from bayesinf._task import Task
 
-__all__ = ["Layer", "UntreatedParametersWarning", "find_layers", "require_layers"]
+__all__ = ["Layer", "free_layer", "group_parameters"]
 
-
-class UntreatedParametersWarning(UserWarning):
-    """Selected parameters that a layer-wise curvature leaves out."""
+_NORMS = (
+    nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d,
+    nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d,
+)  # fmt: skip
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_CONVOLVING = ("forward", "_conv_forward")
 
 
 @dataclass(frozen=True)
@@ -30,23 +41,33 @@ class Layer:
     Attributes
     ----------
     name
-        The module's name, or the parameter's where a bias stands alone.
+        The module's name, or the parameter's where it stands alone.
+    kind
+        See the module.
     weight, bias
         Names of the parameters; ``None`` where absent or not selected.
     sites
         Names of the modules that hold the parameters: more than one when weights are tied.
     shape
         ``(P, M)``, the bias column included.
-    weight_shape
-        Shape of the weight parameter, ``()`` for a bias alone.
+    weight_shape, bias_shape
+        Shapes of the parameters.
+    groups
+        Blocks of ``P/groups`` rows that see different inputs.
+    transposed
+        Whether the weight is stored as ``(M, P)``.
     """
 
     name: str
+    kind: str
     weight: str | None
     bias: str | None
     sites: tuple[str, ...]
     shape: tuple[int, int]
     weight_shape: tuple[int, ...] = ()
+    bias_shape: tuple[int, ...] = ()
+    groups: int = 1
+    transposed: bool = False
 
     @property
     def size(self) -> int:
@@ -62,28 +83,36 @@ class Layer:
         """Named parameters with leading dimensions ``(..., *shape)`` as ``(..., P, M)``."""
         parts = []
         if self.weight is not None:
-            parts.append(named[self.weight].flatten(1 - len(self.weight_shape)))
+            weight = named[self.weight]
+            lead = weight.shape[: weight.ndim - len(self.weight_shape)]
+            if self.transposed:
+                weight = weight.transpose(-1, -2)
+            parts.append(weight.reshape(*lead, self.shape[0], -1))
         if self.bias is not None:
-            parts.append(named[self.bias].unsqueeze(-1))
-        return torch.cat(parts, dim=-1)
+            bias = named[self.bias]
+            lead = bias.shape[: bias.ndim - len(self.bias_shape)]
+            parts.append(bias.reshape(*lead, self.shape[0], 1))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def unpack(self, matrix: Tensor) -> dict[str, Tensor]:
         """Inverse of :meth:`pack`."""
-        named = {}
+        named, lead = {}, matrix.shape[:-2]
         if self.weight is not None:
             inputs = matrix[..., :-1] if self.bias is not None else matrix
-            named[self.weight] = inputs.reshape(*matrix.shape[:-2], *self.weight_shape)
+            if self.transposed:
+                inputs = inputs.transpose(-1, -2)
+            named[self.weight] = inputs.reshape(*lead, *self.weight_shape)
         if self.bias is not None:
-            named[self.bias] = matrix[..., -1]
+            named[self.bias] = matrix[..., -1].reshape(*lead, *self.bias_shape)
         return named
 
 
-def find_layers(task: Task) -> tuple[tuple[Layer, ...], tuple[str, ...]]:
-    """Group the selected parameters into layers.
+def group_parameters(task: Task) -> tuple[Layer, ...]:
+    """Group the selected parameters into layers by the modules that hold them.
 
-    Covered are weights and biases that only ``nn.Linear`` and ``nn.Conv2d`` (``groups == 1``)
-    modules hold; several modules may hold the same one (tied weights), which is one layer. Weight
-    and bias share a layer when the same modules hold both, and are two layers otherwise.
+    Weight and bias share a layer when the same modules hold both, and are two layers otherwise.
+    Every selected parameter is in exactly one layer. The grouping looks at classes only; whether
+    gradients really have the structure is for :func:`~bayesinf.curvature.find_layers` to check.
 
     Parameters
     ----------
@@ -92,104 +121,126 @@ def find_layers(task: Task) -> tuple[tuple[Layer, ...], tuple[str, ...]]:
 
     Returns
     -------
-    layers : tuple[Layer, ...]
+    tuple[Layer, ...]
         In the order of the parameters.
-    untreated : tuple[str, ...]
-        Selected parameters that no layer covers.
     """
+    holders = _holders(task)
+    modules = dict(task.module.named_modules())
+    kinds = {
+        name: _kind([(modules[s], role) for s, role in held]) for name, held in holders.items()
+    }
+    places = {name: (held[0][1], tuple(site for site, _ in held)) for name, held in holders.items()}
+    layers: list[Layer] = []
+    merged: set[str] = set()
+    for name, (role, sites) in places.items():
+        kind = kinds[name]
+        if name in merged:
+            continue
+        if kind == "free":
+            layers.append(free_layer(task, name))
+            continue
+        partner = _partner(name, places, kinds)
+        merged.add(partner or name)
+        weight, bias = (name, partner) if role == "weight" else (partner, name)
+        layers.append(_layer(task, kind, weight, bias, sites, modules[sites[0]]))
+    return tuple(layers)
+
+
+def _partner(
+    name: str, places: Mapping[str, tuple[str, tuple[str, ...]]], kinds: Mapping[str, str]
+) -> str | None:
+    """Return the bias of a weight, or the weight of a bias, where the same modules hold both."""
+    role, sites = places[name]
+    wanted = ("bias" if role == "weight" else "weight", sites)
+    found = [n for n, place in places.items() if place == wanted and kinds[n] == kinds[name]]
+    return found[0] if found else None
+
+
+def free_layer(task: Task, name: str) -> Layer:
+    """Return the layer of a parameter on its own."""
+    shape = tuple(task.params[name].shape)
+    rows = shape[0] if shape else 1
+    return Layer(name, "free", name, None, (), (rows, math.prod(shape[1:])), shape)
+
+
+def _holders(task: Task) -> dict[str, list[tuple[str, str]]]:
+    """Every selected parameter with the modules that hold it and its role there."""
     canonical = {id(p): name for name, p in task.module.named_parameters()}
-    holders: dict[str, list[tuple[str, str, nn.Module]]] = {name: [] for name in task.params}
+    holders: dict[str, list[tuple[str, str]]] = {name: [] for name in task.params}
     for site, module in task.module.named_modules():
         for role, p in module.named_parameters(recurse=False, remove_duplicate=False):
             if canonical[id(p)] in holders:
-                holders[canonical[id(p)]].append((site, role, module))
-    covered = {
-        name: (held[0][1], tuple(site for site, _, _ in held))
-        for name, held in holders.items()
-        if all(_supported(module, role) for _, role, module in held)
-    }
-    layers, merged = [], set()
-    for name, (role, sites) in covered.items():
-        if role == "weight":
-            partner = [b for b, place in covered.items() if place == ("bias", sites)]
-            merged.update(partner)
-            layers.append(_layer(task, name, partner[0] if partner else None, sites))
-        elif ("weight", sites) not in covered.values():
-            layers.append(_layer(task, None, name, sites))
-    return tuple(layers), tuple(name for name in task.params if name not in covered)
+                holders[canonical[id(p)]].append((site, role))
+    return holders
 
 
-def require_layers(task: Task) -> tuple[tuple[Layer, ...], tuple[str, ...]]:
-    """Find the layers and warn once about selected parameters that none covers.
-
-    Parameters
-    ----------
-    task
-        The network and its selected parameters.
-
-    Returns
-    -------
-    tuple
-        As :func:`find_layers`.
-
-    Raises
-    ------
-    ValueError
-        If no selected parameter is in a layer.
-
-    Warns
-    -----
-    UntreatedParametersWarning
-        If some are not: their names and their share of the parameters.
-    """
-    layers, untreated = find_layers(task)
-    if not untreated:
-        return layers, untreated
-    share = sum(task.params[name].numel() for name in untreated) / task.dimension
-    listed = _listed(task, untreated)
-    if not layers:
-        raise ValueError(
-            f"none of the selected parameters is the weight or bias of an nn.Linear or an "
-            f"nn.Conv2d with groups=1; got {listed}. Kronecker factors exist only for these "
-            f"layers: select some with Task(..., parameters=…), or use grad_dot, gauss_newton or "
-            f"hessian, which take any parameter."
-        )
-    warnings.warn(
-        f"{share:.1%} of the selected parameters are not treated: {listed}. Scores count only "
-        f"nn.Linear and nn.Conv2d (groups=1) layers. Leave the others out with "
-        f"Task(..., parameters=…), or use grad_dot, gauss_newton or hessian.",
-        UntreatedParametersWarning,
-        stacklevel=3,
-    )
-    return layers, untreated
-
-
-def _supported(module: nn.Module, role: str) -> bool:
-    if role not in ("weight", "bias"):
-        return False
-    if isinstance(module, nn.Linear):
-        return type(module).forward is nn.Linear.forward
-    if isinstance(module, nn.Conv2d):
-        plain = type(module).forward is nn.Conv2d.forward
-        return (
-            plain and type(module)._conv_forward is nn.Conv2d._conv_forward and module.groups == 1
-        )
-    return False
-
-
-def _layer(task: Task, weight: str | None, bias: str | None, sites: tuple[str, ...]) -> Layer:
-    shape = tuple(task.params[weight].shape) if weight is not None else ()
-    rows = len(task.params[weight or bias])  # type: ignore[index]
-    columns = task.params[weight].numel() // rows if weight is not None else 0
-    name = (sites[0] or "(model)") if weight is not None else str(bias)
-    return Layer(name, weight, bias, sites, (rows, columns + (bias is not None)), shape)
-
-
-def _listed(task: Task, names: Sequence[str]) -> str:
+def _kind(held: list[tuple[nn.Module, str]]) -> str:
     kinds = {
-        (f"{site}.{role}" if site else role): type(module).__name__
-        for site, module in task.module.named_modules()
-        for role, _ in module.named_parameters(recurse=False, remove_duplicate=False)
+        _module_kind(module) if role in ("weight", "bias") else "free" for module, role in held
     }
-    shown = [f"{name} ({kinds[name]})" for name in names[:8]]
-    return ", ".join(shown) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    if len({role for _, role in held}) > 1:
+        return "free"
+    if kinds == {"linear", "embedding"}:
+        stored = {_is_transposed(module) for module, _ in held}
+        return "tied" if stored == {False} else "free"
+    if kinds == {"conv"}:
+        return "conv" if len({module.groups for module, _ in held}) == 1 else "free"
+    return kinds.pop() if len(kinds) == 1 else "free"
+
+
+def _module_kind(module: nn.Module) -> str:
+    kind = type(module)
+    if isinstance(module, nn.Linear):
+        return "linear" if kind.forward is nn.Linear.forward else "free"
+    if _is_transposed(module):
+        return "linear"
+    for base in _CONVOLUTIONS:
+        if isinstance(module, base):
+            own = [getattr(kind, name) is getattr(base, name) for name in _CONVOLVING]
+            return "conv" if all(own) else "free"
+    if isinstance(module, nn.Embedding):
+        plain = kind.forward is nn.Embedding.forward and module.max_norm is None
+        return "embedding" if plain and not module.scale_grad_by_freq else "free"
+    named = kind.__name__.endswith(("RMSNorm", "LayerNorm"))
+    return "affine" if isinstance(module, _NORMS) or named else "free"
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    """Whether it is a Hugging Face ``Conv1D``, a linear layer with weight ``(inputs, outputs)``."""
+    kind = type(module)
+    return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
+
+
+def _layer(
+    task: Task,
+    kind: str,
+    weight: str | None,
+    bias: str | None,
+    sites: tuple[str, ...],
+    module: nn.Module,
+) -> Layer:
+    weight_shape = tuple(task.params[weight].shape) if weight is not None else ()
+    bias_shape = tuple(task.params[bias].shape) if bias is not None else ()
+    transposed = weight is not None and _is_transposed(module)
+    if kind == "affine":
+        rows = math.prod(weight_shape or bias_shape)
+    else:
+        rows = weight_shape[-1 if transposed else 0] if weight_shape else bias_shape[0]
+    columns = math.prod(weight_shape) // rows if weight is not None else 0
+    groups = 1
+    if kind == "affine":
+        groups = rows
+    elif kind == "conv" and weight is not None:
+        groups = int(module.groups)  # type: ignore[arg-type]
+    return Layer(
+        (sites[0] or "(model)") if weight is not None else str(bias),
+        kind,
+        weight,
+        bias,
+        sites,
+        (rows, columns + (bias is not None)),
+        weight_shape,
+        bias_shape,
+        groups,
+        transposed,
+    )

@@ -1,35 +1,42 @@
-r"""Rows of a Jacobian, factored where a layer's structure allows, and their inner products.
+r"""Rows of a Jacobian, as factored as a layer's structure allows, and their inner products.
 
-Shapes (``B`` examples, ``K`` rows an example, a layer ``(P, M)``):
+``B`` examples, ``K`` rows an example, a layer ``(P, M)``; row ``(b, k)`` is a matrix ``(P, M)``:
 
-* factored: ``a`` ``(B, T, M)`` and ``values`` ``(B, K, T, P)``; row ``(b, k)`` is the matrix
-  ``Σ_t values_bkt a_btᵀ``;
-* explicit: ``a`` is None and ``values`` ``(B, K, P, M)`` holds the matrices.
+* :class:`Factored`: ``Σ_t values_bkt a_btᵀ``, ``a`` ``(B, T, M)``, ``values`` ``(B, K, T, P)``;
+* :class:`Grouped`: the same in each of ``g`` groups of ``P/g`` rows of the matrix, ``a``
+  ``(B, T, g, M)``, ``values`` ``(B, K, T, g, P/g)``;
+* :class:`Indexed`: ``Σ_t e_{index_bt} values_bktᵀ``, ``index`` ``(B, T)`` (an embedding's tokens),
+  ``values`` ``(B, K, T, M)``;
+* :class:`Mixed`: a sum of the above;
+* :class:`Explicit`: ``values`` ``(B, K, P, M)``.
 
 A whole row is a list of these, one entry a layer. Inner products of two sets are ``(B·K, B'·K')``,
-examples first. At one position they cost ``M + P`` instead of ``P·M`` a pair:
-``⟨ds aᵀ, ds' a'ᵀ⟩ = (ds·ds')(a·a')``.
+examples first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import reduce
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-__all__ = ["Rows", "concatenate", "gram", "squared_norms"]
+__all__ = [
+    "Explicit", "Factored", "Grouped", "Indexed", "Mixed", "Rows", "concatenate", "flat_rows",
+    "gram", "inner", "mixed", "squared_norms", "stack",
+]  # fmt: skip
 
 _CHUNK = 2**24
-"""Elements of a temporary at a time, in the inner products."""
+"""Elements of a temporary at a time."""
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Rows of one layer; see the module for shapes."""
+class _Rows:
+    """What all kinds share: ``values`` ``(B, K, …)``, other tensors ``(B, …)``."""
 
-    a: Tensor | None
     values: Tensor
 
     @property
@@ -38,42 +45,192 @@ class Rows:
         return self.values.shape[0], self.values.shape[1]
 
     @property
-    def rank_one(self) -> bool:
-        """Whether rows are outer products: factored, at one position."""
-        return self.a is not None and self.a.shape[1] == 1
+    def matrix_shape(self) -> tuple[int, int]:
+        """``(P, M)``."""
+        raise NotImplementedError
 
     def matrices(self) -> Tensor:
         """Explicit rows, ``(B, K, P, M)``."""
-        if self.a is None:
-            return self.values
-        if self.rank_one:
-            return self.values.transpose(2, 3) * self.a.unsqueeze(1)
-        return self.values.transpose(2, 3) @ self.a.unsqueeze(1)
+        raise NotImplementedError
+
+    def part(self, where: slice | Tensor) -> Self:
+        """Rows of some of the examples."""
+        return self._each(lambda leaf: leaf[where])
+
+    def to(self, dtype: torch.dtype) -> Self:
+        """Return the rows in another precision."""
+        return self._each(lambda leaf: leaf.to(dtype) if leaf.is_floating_point() else leaf)
 
     def flat(self) -> Tensor:
         """Explicit rows, ``(B·K, P·M)``."""
         return self.matrices().flatten(2).flatten(0, 1)
 
     def compact(self) -> Rows:
-        """Keep outer products, make everything else explicit."""
-        return self if self.rank_one else Rows(None, self.matrices())
+        """Keep what is smaller than explicit rows, make everything else explicit."""
+        return Explicit(self.matrices())
 
-    def rotate(self, q_a: Tensor, q_s: Tensor) -> Rows:
-        """Rows in a Kronecker basis: ``q_sᵀ G q_a``."""
-        if self.a is None:
-            return Rows(None, q_s.T @ self.values @ q_a)
-        return Rows(self.a @ q_a, self.values @ q_s)
+    def chunks(self) -> Iterator[tuple[slice, Self]]:
+        """Blocks of examples whose explicit rows are small."""
+        p, m = self.matrix_shape
+        step = max(1, _CHUNK // max(1, self.shape[1] * p * m))
+        for start in range(0, self.shape[0], step):
+            where = slice(start, start + step)
+            yield where, self.part(where)
 
-    def part(self, where: slice) -> Rows:
-        """Rows of some of the examples."""
-        return Rows(None if self.a is None else self.a[where], self.values[where])
+    def _each(self, function: Callable[[Tensor], Tensor]) -> Self:
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(
+            self, **{k: function(v) for k, v in tensors.items() if isinstance(v, Tensor)}
+        )
+
+
+@dataclass(frozen=True)
+class Explicit(_Rows):
+    """Matrices; see the module for shapes."""
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        return self.values.shape[2], self.values.shape[3]
+
+    def matrices(self) -> Tensor:
+        return self.values
+
+    def compact(self) -> Rows:
+        return self
+
+
+@dataclass(frozen=True)
+class Factored(_Rows):
+    """Sums of outer products over positions; see the module for shapes."""
+
+    a: Tensor
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        return self.values.shape[3], self.a.shape[2]
+
+    @property
+    def rank_one(self) -> bool:
+        """Whether rows are outer products."""
+        return self.a.shape[1] == 1
+
+    def matrices(self) -> Tensor:
+        if self.rank_one:
+            return self.values.transpose(2, 3) * self.a.unsqueeze(1)
+        return self.values.transpose(2, 3) @ self.a.unsqueeze(1)
+
+    def compact(self) -> Rows:
+        return self if self.rank_one else Explicit(self.matrices())
+
+    def split(self, tokens: int) -> Factored:
+        """Tokens as examples, ``(B·T, 1)``; one row an example."""
+        return Factored(
+            _tokens(self.values.squeeze(1), tokens).unsqueeze(1), _tokens(self.a, tokens)
+        )
+
+
+@dataclass(frozen=True)
+class Grouped(_Rows):
+    """Sums of outer products within groups; see the module for shapes."""
+
+    a: Tensor
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        return self.values.shape[3] * self.values.shape[4], self.a.shape[3]
+
+    def matrices(self) -> Tensor:
+        return torch.einsum("bktgp,btgm->bkgpm", self.values, self.a).flatten(2, 3)
+
+    def split(self, tokens: int) -> Grouped:
+        """Tokens as examples, ``(B·T, 1)``; one row an example."""
+        return Grouped(
+            _tokens(self.values.squeeze(1), tokens).unsqueeze(1), _tokens(self.a, tokens)
+        )
+
+
+@dataclass(frozen=True)
+class Indexed(_Rows):
+    """Rows of the matrix that an index chooses; see the module for shapes."""
+
+    index: Tensor
+    size: int
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        return self.size, self.values.shape[3]
+
+    def matrices(self) -> Tensor:
+        b, k, _, m = self.values.shape
+        out = self.values.new_zeros(b, k, self.size, m)
+        index = self.index[:, None, :, None].expand_as(self.values)
+        return out.scatter_add_(2, index, self.values)
+
+    def compact(self) -> Rows:
+        return self
+
+    def split(self, tokens: int) -> Indexed:
+        """Tokens as examples, ``(B·T, 1)``; one row an example."""
+        values = _tokens(self.values.squeeze(1), tokens).unsqueeze(1)
+        return Indexed(values, _tokens(self.index, tokens), self.size)
+
+
+@dataclass(frozen=True)
+class Mixed(_Rows):
+    """A sum; ``values`` is only the first part's, for its shape."""
+
+    parts: tuple[Factored | Indexed, ...]
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        return self.parts[0].matrix_shape
+
+    def matrices(self) -> Tensor:
+        return reduce(torch.add, (part.matrices() for part in self.parts))
+
+    def compact(self) -> Rows:
+        return self
+
+    def split(self, tokens: int) -> Mixed:
+        """Tokens as examples, ``(B·T, 1)``; one row an example."""
+        return mixed(part.split(tokens) for part in self.parts)
+
+    def _each(self, function: Callable[[Tensor], Tensor]) -> Mixed:
+        return mixed(part._each(function) for part in self.parts)
+
+
+Rows = Explicit | Factored | Grouped | Indexed | Mixed
+
+
+def mixed(parts: Any) -> Mixed:
+    """Sum of factored and indexed rows of the same examples."""
+    held = tuple(parts)
+    return Mixed(held[0].values, held)
 
 
 def concatenate(blocks: Sequence[Rows]) -> Rows:
     """Join blocks of examples of one layer; all must be of the same kind."""
-    values = torch.cat([block.values for block in blocks])
-    factors = [block.a for block in blocks if block.a is not None]
-    return Rows(torch.cat(factors) if factors else None, values)
+    first = blocks[0]
+    if isinstance(first, Mixed):
+        parts = zip(*(block.parts for block in blocks), strict=True)  # type: ignore[union-attr]
+        return mixed(concatenate(part) for part in parts)
+    names = [f.name for f in fields(first) if isinstance(getattr(first, f.name), Tensor)]
+    joined: dict[str, Any] = {n: torch.cat([getattr(b, n) for b in blocks]) for n in names}
+    return replace(first, **joined)
+
+
+def stack(pulls: Sequence[Rows]) -> Rows:
+    """Join rows of the same examples along ``K``; they differ in their ``values`` alone."""
+    first = pulls[0]
+    if isinstance(first, Mixed):
+        parts = zip(*(pull.parts for pull in pulls), strict=True)  # type: ignore[union-attr]
+        return mixed(stack(part) for part in parts)
+    return replace(first, values=torch.cat([pull.values for pull in pulls], dim=1))
+
+
+def flat_rows(rows: Sequence[Rows]) -> Tensor:
+    """Whole rows ``(B·K, d)``, layer after layer."""
+    return torch.cat([layer.flat() for layer in rows], dim=1)
 
 
 def gram(left: Sequence[Rows], right: Sequence[Rows], dtype: torch.dtype | None = None) -> Tensor:
@@ -84,36 +241,81 @@ def gram(left: Sequence[Rows], right: Sequence[Rows], dtype: torch.dtype | None 
     left, right
         One entry a layer, the same layers in the same order.
     dtype
-        In which to multiply and add; that of the rows by default.
+        In which to multiply and add; that of the left rows by default.
     """
     (n, k), (m, j) = left[0].shape, right[0].shape
     dtype = dtype or left[0].values.dtype
     out = left[0].values.new_zeros(n, k, m, j, dtype=dtype)
     for x, y in zip(left, right, strict=True):
-        if x.rank_one and y.rank_one:
-            _add_products(out, x, y)
-        else:
-            _add_explicit(out, x, y)
+        _add(out, x, y)
     return out.view(n * k, m * j)
 
 
 def squared_norms(rows: Sequence[Rows]) -> Tensor:
     """Squared norms ``(B·K,)`` of whole rows."""
-    total = rows[0].values.new_zeros(rows[0].shape[0] * rows[0].shape[1])
+    n, k = rows[0].shape
+    total = rows[0].values.new_zeros(n, k)
     for layer in rows:
-        if layer.rank_one and layer.a is not None:
-            squares = layer.values.square().sum((2, 3)) * layer.a.square().sum((1, 2))[:, None]
-            total += squares.flatten()
+        if isinstance(layer, Factored) and layer.rank_one:
+            squares = layer.values.square().sum((2, 3))
+            total += squares * layer.a.square().sum((1, 2))[:, None]
+        elif isinstance(layer, Indexed):
+            same = layer.index[:, :, None] == layer.index[:, None, :]
+            products = layer.values @ layer.values.transpose(2, 3)
+            total += (products * same[:, None]).sum((2, 3))
         else:
-            total += layer.flat().square().sum(1)
-    return total
+            for where, part in layer.chunks():
+                total[where] += part.matrices().square().sum((2, 3))
+    return total.flatten()
 
 
-def _add_products(out: Tensor, x: Rows, y: Rows) -> None:
+def inner(left: Sequence[Rows], right: Sequence[Rows]) -> Tensor:
+    """Inner products ``(B·K,)`` of rows with their counterparts, summed over layers."""
+    n, k = left[0].shape
+    total = left[0].values.new_zeros(n, k)
+    for x, y in zip(left, right, strict=True):
+        for where, part in x.chunks():
+            total[where] += (part.matrices() * y.part(where).matrices()).sum((2, 3))
+    return total.flatten()
+
+
+def _tokens(x: Tensor, tokens: int) -> Tensor:
+    """``(B, c·T, …)``, positions of ``c`` calls one after another, as ``(B·T, c, …)``."""
+    if x.shape[1] % tokens:
+        raise ValueError(f"{x.shape[1]} positions for {tokens} tokens")
+    return x.unflatten(1, (-1, tokens)).transpose(1, 2).flatten(0, 1)
+
+
+def _add(out: Tensor, x: Rows, y: Rows) -> None:
+    """``out += ⟨x, y⟩`` for one layer, ``out`` ``(B, K, B', K')``."""
+    if isinstance(x, Mixed):
+        for part in x.parts:
+            _add(out, part, y)
+    elif isinstance(y, Mixed):
+        for part in y.parts:
+            _add(out, x, part)
+    elif isinstance(x, Indexed) and isinstance(y, Indexed):
+        _add_matching(out, x, y)
+    elif isinstance(y, Indexed):
+        _add_gathered(out, x, y)
+    elif isinstance(x, Indexed):
+        _add_gathered(out.permute(2, 3, 0, 1), y, x)
+    elif isinstance(x, Factored) and isinstance(y, Factored) and x.rank_one and y.rank_one:
+        _add_products(out, x, y)
+    elif isinstance(y, Factored) and _contracts(x, y):
+        _add_contracted(out, x, y)
+    else:
+        _add_explicit(out, x, y)
+
+
+def _contracts(x: Rows, y: Factored) -> bool:
+    """Whether few matrices meet many outer products, which are then best left unformed."""
+    return y.rank_one and 2 * x.shape[0] * x.shape[1] <= max(y.matrix_shape)
+
+
+def _add_products(out: Tensor, x: Factored, y: Factored) -> None:
     """``out += (a·a')(ds·ds')``, a block of examples at a time."""
     n, k, m, j = out.shape
-    assert x.a is not None
-    assert y.a is not None
     a, values = y.a.flatten(1).to(out.dtype), y.values.reshape(m * j, -1).to(out.dtype)
     step = max(1, _CHUNK // (k * m * j))
     for start in range(0, n, step):
@@ -123,14 +325,53 @@ def _add_products(out: Tensor, x: Rows, y: Rows) -> None:
         out[where].addcmul_(inner.view(-1, k, m, j), inputs[:, None, :, None])
 
 
+def _add_contracted(out: Tensor, x: Rows, y: Factored) -> None:
+    """``out += dsᵀ X a``: first over the longer side by a GEMM, then over the shorter."""
+    n, k, m, j = out.shape
+    matrices = x.matrices().flatten(0, 1).to(out.dtype)  # (n·k, P, M)
+    a = y.a.to(out.dtype).expand(m, j, -1).reshape(m * j, -1)
+    ds = y.values.to(out.dtype).reshape(m * j, -1)
+    if ds.shape[1] < a.shape[1]:
+        matrices, a, ds = matrices.transpose(1, 2), ds, a
+    short = a.shape[1]
+    wide = matrices.permute(1, 0, 2).reshape(ds.shape[1], -1)  # (long, n·k·short)
+    result = out.new_empty(m * j, n * k)
+    step = max(1, 2**20 // wide.shape[1])
+    for start in range(0, m * j, step):
+        part = (ds[start : start + step] @ wide).view(-1, n * k, short)
+        result[start : start + step] = (part @ a[start : start + step].unsqueeze(2)).squeeze(2)
+    out += result.T.view(n, k, m, j)
+
+
 def _add_explicit(out: Tensor, x: Rows, y: Rows) -> None:
     """``out += ⟨G, G'⟩`` from explicit rows, a block of examples on both sides at a time."""
-    n, k, m, j = out.shape
-    width = x.part(slice(0, 1)).flat().shape[1]
-    rows, columns = max(1, _CHUNK // (k * width)), max(1, _CHUNK // (j * width))
-    for start in range(0, n, rows):
-        left = x.part(slice(start, start + rows)).flat().to(out.dtype)
-        for first in range(0, m, columns):
-            right = y.part(slice(first, first + columns)).flat().to(out.dtype)
-            block = out[start : start + rows, :, first : first + columns]
-            block += (left @ right.T).view(block.shape)
+    for i, left in x.chunks():
+        flat = left.flat().to(out.dtype)
+        for j, right in y.chunks():
+            block = out[i, :, j]
+            block += (flat @ right.flat().to(out.dtype).T).view(block.shape)
+
+
+def _add_gathered(out: Tensor, x: Rows, y: Indexed) -> None:
+    """``out += Σ_t ⟨X[index_t], values_t⟩``."""
+    width = x.matrix_shape[1]
+    for i, left in x.chunks():
+        matrices = left.matrices().to(out.dtype)
+        step = max(1, _CHUNK // (matrices[:, :, 0, 0].numel() * y.index.shape[1] * width))
+        for start in range(0, y.shape[0], step):
+            j = slice(start, start + step)
+            chosen = matrices[:, :, y.index[j]]  # (n, k, m, T, M)
+            out[i, :, j] += torch.einsum("nkbtm,bjtm->nkbj", chosen, y.values[j].to(out.dtype))
+
+
+def _add_matching(out: Tensor, x: Indexed, y: Indexed) -> None:
+    """``out += Σ_{t,s: index_t = index'_s} ⟨values_t, values'_s⟩``."""
+    n, k = out.shape[:2]
+    right = y.values.permute(0, 2, 1, 3).to(out.dtype)  # (m, S, j, M)
+    step = max(1, _CHUNK // (k * x.index.shape[1] * right[..., 0].numel()))
+    for start in range(0, n, step):
+        where = slice(start, start + step)
+        left = x.values[where].to(out.dtype)
+        products = torch.einsum("nktd,msjd->nktmsj", left, right)
+        same = x.index[where][:, None, :, None, None, None] == y.index[None, None, None, :, :, None]
+        out[where] += (products * same).sum((2, 4))

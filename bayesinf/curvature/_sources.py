@@ -1,29 +1,27 @@
-r"""Per-example gradients and Gauss–Newton rows of a task, by capture or by ``torch.func``.
-
-Captured where layers cover what is asked for (one backward pass a batch), else vectorised over
-examples by ``torch.func.vmap``, else one example after another.
-"""
+r"""Per-example (or per-token) gradients and Gauss–Newton rows of a task, layer by layer."""
 
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Any, Self
+from typing import Literal, Self
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.func import grad, vjp, vmap
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.func import grad
+from torch.utils._pytree import tree_map
 
 from bayesinf._data import Batch
 from bayesinf._likelihoods import require
 from bayesinf._task import Measurement, Task
 from bayesinf.curvature._accounting import Costs
-from bayesinf.curvature._capture import Capture, Record, require_finite
+from bayesinf.curvature._capture import Capture, Record, each_example, require_finite
 from bayesinf.curvature._layers import Layer
-from bayesinf.curvature._rows import Rows
+from bayesinf.curvature._rows import Explicit, Rows, flat_rows, stack
 
-__all__ = ["GradientSource", "per_example_gradients"]
+__all__ = ["GradientSource", "Tokens", "token_grid"]
+
+Tokens = Literal["position", "loss"]
+"""What a token's part of an example's gradient is; see :meth:`GradientSource.gradients`."""
 
 
 class GradientSource:
@@ -34,19 +32,20 @@ class GradientSource:
     task
         Whose gradients.
     layers
-        Layers to differentiate in; ``None`` means all selected parameters as one flat row, in the
-        order of :meth:`Task.flatten`.
+        From :func:`bayesinf.curvature.find_layers`.
     costs
         Account to which passes are added.
     """
 
-    def __init__(self, task: Task, layers: tuple[Layer, ...] | None, costs: Costs) -> None:
+    def __init__(self, task: Task, layers: tuple[Layer, ...], costs: Costs) -> None:
         self.task, self.layers, self.costs = task, layers, costs
-        self._capture = Capture(task, layers, costs) if layers is not None else None
+        self._capture = Capture(task, layers, costs)
+        d = torch.arange(task.dimension, device=task.device)
+        named = task.unflatten(d)
+        self._order = torch.cat([layer.pack(named).flatten() for layer in layers])
 
     def __enter__(self) -> Self:
-        if self._capture is not None:
-            self._capture.__enter__()
+        self._capture.__enter__()
         return self
 
     def __exit__(
@@ -55,143 +54,142 @@ class GradientSource:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._capture is not None:
-            self._capture.__exit__(kind, error, trace)
-
-    @property
-    def width(self) -> int:
-        """Number of parameters of a row."""
-        if self.layers is None:
-            return self.task.dimension
-        return sum(layer.size for layer in self.layers)
+        self._capture.__exit__(kind, error, trace)
 
     def gradients(
-        self, split: str, where: slice, batch: Batch, measurement: Measurement = "loss"
+        self,
+        split: str,
+        where: slice,
+        batch: Batch,
+        measurement: Measurement = "loss",
+        tokens: Tokens | None = None,
     ) -> list[Rows]:
-        """Gradients of a per-example measurement, ``K = 1``, one entry a layer.
+        """Gradients of a measurement, one entry a layer.
 
         Parameters
         ----------
         split
-            ``"train"`` or ``"query"``, for messages.
+            ``"train"`` or ``"query"``.
         where, batch
-            Positions of the examples, and the examples.
+            A slice of the examples and what they hold.
         measurement
-            As for :meth:`Task.measure`. A function is differentiated by ``torch.func``, since it
-            may use the parameters in any way.
+            As for :meth:`Task.measure`.
+        tokens
+            ``None``: rows ``(B, 1)``. ``"position"``: rows ``(B·T, 1)``, the terms of the gradient
+            from what layers saw at each position. ``"loss"``: rows ``(B, T)``, the gradients of
+            the losses of single tokens. Either way they sum to the gradient of the example.
 
         Raises
         ------
         ValueError
-            If a gradient is not finite, naming example and layer.
+            If a gradient is not finite, naming example and layer, or the layers do not act on
+            tokens.
+        NotImplementedError
+            If the likelihood lacks the measurement or token losses.
         """
-        if self._capture is None or callable(measurement):
-            found = per_example_gradients(self.task, measurement, batch, self._names())
-            self._count(batch)
-            rows = self._explicit(found)
+        ids = self.task.examples(split).ids[where]
+        if callable(measurement):
+            rows = self._by_example(measurement, batch)
         else:
             record = self._capture.record(batch)
-            part = require(self.task.likelihood, measurement, f"the measurement {measurement!r}")
-            with torch.enable_grad():
-                value = part(record.outputs, batch[1]).sum()
-            rows = self._factored(record, [record.pull(value)])
-        self._check(rows, self.task.examples(split).ids[where], split)
-        return rows
+            if tokens == "loss":
+                rows = self._token_losses(record, batch)
+            else:
+                part = require(
+                    self.task.likelihood, measurement, f"the measurement {measurement!r}"
+                )
+                with torch.enable_grad():
+                    value = part(record.outputs, batch[1]).sum()
+                rows = record.pull(value)
+        for layer, entry in zip(self.layers, rows, strict=True):
+            require_finite(entry, layer.name, ids, split)
+        if tokens == "position":
+            count = token_grid(batch)[0].shape[1]
+            rows = [_split(la, entry, count) for la, entry in zip(self.layers, rows, strict=True)]
+        return [entry.compact() for entry in rows]
 
     def curvature_rows(self, where: slice, batch: Batch) -> list[Rows]:
         """Rows ``f_kᵀ J`` of train examples with ``Σ_k f_k f_kᵀ = ∇²_f ℓ``, one entry a layer."""
         factor = require(self.task.likelihood, "fisher_factor", "the Gauss–Newton matrix")
-        if self._capture is None:
-            rows = [self._jacobian_rows(batch, factor)]
-        else:
-            record = self._capture.record(batch)
-            vectors = factor(record.outputs.detach(), batch[1])
-            last = len(vectors) - 1
-            pulls = [
-                record.pull(record.outputs, vector, keep=k < last)
-                for k, vector in enumerate(vectors)
-            ]
-            rows = self._factored(record, pulls)
-        self._check(rows, self.task.train.ids[where], "train")
+        record = self._capture.record(batch)
+        vectors = factor(record.outputs.detach(), batch[1])
+        last = len(vectors) - 1
+        pulls = [record.pull(record.outputs, v, keep=k < last) for k, v in enumerate(vectors)]
+        rows = [stack(layer).compact() for layer in zip(*pulls, strict=True)]
+        for layer, entry in zip(self.layers, rows, strict=True):
+            require_finite(entry, layer.name, self.task.train.ids[where], "train")
         return rows
 
-    def _names(self) -> list[str]:
-        if self.layers is None:
-            return list(self.task.params)
-        return [name for layer in self.layers for name in layer.parameters]
+    def flat(self, rows: list[Rows]) -> Tensor:
+        """Whole rows ``(B·K, d)`` in the order of :meth:`Task.flatten`."""
+        found = flat_rows(rows)
+        out = torch.empty_like(found)
+        out[:, self._order] = found
+        return out
 
-    def _count(self, batch: Batch, backward: int = 1) -> None:
-        size = len(tree_flatten(batch)[0][0])
-        self.costs.forward_examples += size
-        self.costs.backward_examples += size * backward
+    def unflat(self, flat: Tensor) -> list[Rows]:
+        """Inverse of :meth:`flat`, for ``(B, d)``."""
+        named = self.task.unflatten(flat)
+        return [Explicit(layer.pack(named).unsqueeze(1)) for layer in self.layers]
 
-    def _factored(self, record: Record, pulls: list[list[Tensor]]) -> list[Rows]:
-        return [
-            Rows(a, torch.stack([ds[i] for ds in pulls], dim=1)).compact()
-            for i, a in enumerate(record.inputs)
-        ]
+    def _token_losses(self, record: Record, batch: Batch) -> list[Rows]:
+        part = require(self.task.likelihood, "token_losses", "tokens='loss'")
+        with torch.enable_grad():
+            losses = part(record.outputs, batch[1])
+        count = losses.shape[1]
+        pulls = [record.pull(losses[:, t].sum(), keep=t < count - 1) for t in range(count)]
+        return [stack(layer) for layer in zip(*pulls, strict=True)]
 
-    def _explicit(self, found: dict[str, Tensor]) -> list[Rows]:
-        if self.layers is None:
-            return [Rows(None, self.task.flatten(found)[:, None, None, :])]
-        return [Rows(None, layer.pack(found).unsqueeze(1)) for layer in self.layers]
-
-    def _jacobian_rows(self, batch: Batch, factor: Any) -> Rows:
+    def _by_example(self, measurement: Measurement, batch: Batch) -> list[Rows]:
         task = self.task
 
-        def one(leaf_batch: Batch) -> Tensor:
-            single = tree_map(lambda leaf: leaf.unsqueeze(0), leaf_batch)
-            outputs, pull = vjp(lambda params: task.outputs(params, single), task.params)[:2]
-            vectors = factor(outputs.detach(), single[1])
-            (rows,) = vmap(pull)(vectors)
-            return task.flatten(rows)
+        def one(example: Batch) -> dict[str, Tensor]:
+            single = tree_map(lambda leaf: leaf.unsqueeze(0), example)
+            return grad(lambda p: task.measure(measurement, p, single).sum())(task.params)
 
-        rows = _each(one, batch)
-        self._count(batch, rows.shape[1])
-        return Rows(None, rows.unsqueeze(2))
-
-    def _check(self, rows: list[Rows], ids: np.ndarray, split: str) -> None:
-        names = [layer.name for layer in self.layers] if self.layers else ["(all parameters)"]
-        for name, layer in zip(names, rows, strict=True):
-            # a sum is finite unless an entry is not (or the entries are near overflow)
-            summary = layer.values.sum() + (0 if layer.a is None else layer.a.sum())
-            if not bool(torch.isfinite(summary)):
-                require_finite(summary, name, layer.a, layer.values, ids, split)
+        found = each_example(one, batch)
+        size = len(next(iter(found.values())))
+        self.costs.forward_examples += size
+        self.costs.backward_examples += size
+        return [Explicit(layer.pack(found).unsqueeze(1)) for layer in self.layers]
 
 
-def per_example_gradients(
-    task: Task, measurement: Measurement, batch: Batch, names: list[str]
-) -> dict[str, Tensor]:
-    """Gradients ``(B, *shape)`` of a measurement in the named parameters, for any network.
+def token_grid(batch: Batch) -> tuple[Tensor, Tensor | None]:
+    """Positions ``(B, T)`` that count, and the token ids there if the inputs are ids.
 
-    Parameters
-    ----------
-    task, measurement, batch
-        As for :meth:`Task.measure`.
-    names
-        Which of the selected parameters.
+    Raises
+    ------
+    ValueError
+        If the inputs have no token dimension.
     """
-    params = {name: task.params[name] for name in names}
+    inputs = batch[0]
+    first = inputs.get("input_ids") if isinstance(inputs, dict) else inputs
+    first = first[0] if isinstance(first, tuple) else first
+    if not isinstance(first, Tensor) or first.ndim < 2:
+        shape = tuple(first.shape) if isinstance(first, Tensor) else type(first).__name__
+        raise ValueError(
+            f"token scores need inputs (B, T, …) or a dict with 'input_ids' (B, T); got {shape}."
+        )
+    mask = inputs.get("attention_mask") if isinstance(inputs, dict) else None
+    if mask is None:
+        mask = torch.ones(first.shape[:2], device=first.device)
+    integer = first.ndim == 2 and not first.is_floating_point()
+    return mask.bool(), first if integer else None
 
-    def one(example: Batch) -> dict[str, Tensor]:
-        single = tree_map(lambda leaf: leaf.unsqueeze(0), example)
-        return grad(lambda p: task.measure(measurement, {**task.params, **p}, single).sum())(params)
 
-    return _each(one, batch)
-
-
-def _each(function: Any, batch: Batch) -> Any:
-    """Apply a function of one example to all: vectorised, or in a loop where that fails.
-
-    ``vmap`` refuses networks with data-dependent control flow or in-place updates; what is truly
-    wrong with the function raises again in the loop.
-    """
+def _split(layer: Layer, rows: Rows, tokens: int) -> Rows:
+    if isinstance(rows, Explicit):
+        names = ", ".join(layer.parameters)
+        raise ValueError(
+            f"{names}: this gradient has no positions (a parameter used outside its module's "
+            f"forward, or one that the whole batch shares), so that token scores by position do "
+            f"not exist. Leave it out with Task(..., parameters=…), or use tokens by 'loss'."
+        )
     try:
-        return vmap(function)(batch)
-    except (RuntimeError, NotImplementedError):
-        count = len(tree_flatten(batch)[0][0])
-        results = [function(tree_map(lambda leaf, i=i: leaf[i], batch)) for i in range(count)]
-        leaves = [tree_flatten(result)[0] for result in results]
-        spec = tree_flatten(results[0])[1]
-        stacked = [torch.stack(parts) for parts in zip(*leaves, strict=True)]
-        return torch.utils._pytree.tree_unflatten(stacked, spec)
+        return rows.split(tokens)
+    except ValueError as reason:
+        raise ValueError(
+            f"layer {layer.name!r} has {reason}, so that token scores by position do not exist. "
+            f"Usual causes: a layer after pooling, or with a stride. Leave it out with "
+            f"Task(..., parameters=…), or use tokens by 'loss'."
+        ) from None

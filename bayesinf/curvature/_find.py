@@ -1,0 +1,133 @@
+"""Layers of a task, with their structure checked against autograd on its first examples."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bayesinf._task import Task
+from bayesinf.curvature._accounting import Costs
+from bayesinf.curvature._capture import Capture, Record, require_finite
+from bayesinf.curvature._layers import Layer, free_layer, group_parameters
+from bayesinf.curvature._rows import Factored, Grouped, Rows
+
+__all__ = ["find_layers"]
+
+_CHECKED = 16
+"""Examples on which captured gradients are compared with autograd's."""
+
+
+def find_layers(task: Task, costs: Costs | None = None) -> tuple[Layer, ...]:
+    """Group the selected parameters into layers; none is left out.
+
+    Parameters are grouped by the modules that hold them. On the first training examples, the
+    gradient that a layer's structure implies is compared with autograd's; where the two differ (a
+    weight used outside its module's forward, as in ``nn.MultiheadAttention``, a layer that sees a
+    choice of positions) the parameters become *free*: their gradients come from differentiating
+    the network example by example, which is exact for any network and slower.
+
+    Parameters
+    ----------
+    task
+        The network and its selected parameters.
+    costs
+        Account to which passes are added.
+
+    Returns
+    -------
+    tuple[Layer, ...]
+        In the order of the parameters.
+
+    Raises
+    ------
+    ValueError
+        If an example's loss depends on other examples of the batch, the loss does not depend on
+        the parameters, or a gradient is not finite.
+    """
+    layers = group_parameters(task)
+    wrong = _mismatched(task, layers, costs)
+    if not wrong:
+        return layers
+    names = {name for layer, _ in wrong for name in layer.parameters}
+    places = {name: i for i, name in enumerate(task.params)}
+    kept = [layer for layer in layers if names.isdisjoint(layer.parameters)]
+    kept += [free_layer(task, name) for name in names]
+    found = tuple(sorted(kept, key=lambda layer: places[layer.parameters[0]]))
+    wrong = _mismatched(task, found, costs)
+    if wrong:
+        layer, gap = wrong[0]
+        raise ValueError(
+            f"layer {layer.name!r}: gradients of single examples do not sum to the gradient of the "
+            f"batch (relative difference {gap:.2g}). The loss of an example depends on the other "
+            f"examples of its batch. Usual causes: batch statistics, attention or a softmax across "
+            f"the batch, a loss divided by the batch size. Make outputs a function of the example "
+            f"alone (batch norm in eval mode is)."
+        )
+    return found
+
+
+def _mismatched(
+    task: Task, layers: tuple[Layer, ...], costs: Costs | None
+) -> list[tuple[Layer, float]]:
+    """Layers where ``Σ_b r_b G_b`` is not autograd's gradient of ``Σ_b r_b ℓ_b``, unequal ``r``.
+
+    Unequal weights tell a missing use of a parameter as well as examples in the wrong order.
+    """
+    count = min(_CHECKED, task.n)
+    batch = task.train.batch(slice(0, count))
+    with Capture(task, layers, costs) as capture:
+        record = capture.record(batch)
+        with torch.enable_grad():
+            losses = task.likelihood.loss(record.outputs, batch[1])
+            weights = torch.linspace(0.5, 1.5, count, dtype=losses.dtype, device=losses.device)
+            weighted, total = (weights * losses).sum(), losses.sum()
+        if not weighted.requires_grad:
+            raise ValueError(
+                "the loss does not depend on any selected parameter through autograd. Usual "
+                "causes: torch.no_grad() or .detach() inside the model's forward."
+            )
+        params = list(capture.params.values())
+        found = torch.autograd.grad(weighted, params, retain_graph=True, allow_unused=True)
+        exact = {
+            name: torch.zeros_like(p) if g is None else g
+            for (name, p), g in zip(capture.params.items(), found, strict=True)
+        }
+        derivatives = record.differentiate(total)
+        tolerance = 1e-4 if losses.dtype == torch.float32 else 1e-9
+        gaps = [
+            (layer, _gap(task, record, i, layer, derivatives, layer.pack(exact), weights))
+            for i, layer in enumerate(layers)
+        ]
+        return [(layer, gap) for layer, gap in gaps if gap > tolerance]
+
+
+def _gap(
+    task: Task,
+    record: Record,
+    i: int,
+    layer: Layer,
+    derivatives: object,
+    exact: Tensor,
+    weights: Tensor,
+) -> float:
+    """Difference of captured and exact gradient, relative to the size of what is summed."""
+    try:
+        rows = record.rows(i, derivatives)  # type: ignore[arg-type]
+        captured = torch.zeros_like(exact)
+        for where, part in rows.chunks():
+            captured += torch.einsum("b,bpm->pm", weights[where], part.matrices()[:, 0])
+    except (ValueError, RuntimeError):  # shapes that do not fit the layer's structure
+        return float("inf")
+    require_finite(rows, layer.name, task.train.ids[: record.size], "train")
+    if not bool(torch.isfinite(exact).all()):
+        return float("inf")
+    scale = torch.maximum(_size(rows, weights), exact.norm())
+    return float((captured - exact).norm() / scale) if float(scale) else 0.0
+
+
+def _size(rows: Rows, weights: Tensor) -> Tensor:
+    if isinstance(rows, (Factored, Grouped)):
+        norms = rows.values.flatten(1).norm(dim=1) * rows.a.flatten(1).norm(dim=1)
+    else:
+        norms = rows.values.flatten(1).norm(dim=1)
+    return (weights * norms).sum()

@@ -1,0 +1,312 @@
+r"""The curvature of a task's mean loss, layer by layer, fitted over its training examples.
+
+``C ≈ (1/n) Σ_i E_ŷ[D_i D_iᵀ]``, with ``D_i`` the gradient of ``−log p(ŷ | x_i)``. Which labels ŷ:
+
+* ``"enumerated"``: the expectation over the model's own distribution, exactly, as a sum over the
+  rows of the output-space factor ``Σ_k f_k f_kᵀ`` (equal to the Gauss–Newton matrix);
+* ``"sampled"``: ``draws`` labels an example, drawn from the model's distribution;
+* ``"empirical"``: the data's labels.
+
+Sources: Martens & Grosse 2015 (K-FAC); Grosse & Martens 2016 (convolutions); George et al. 2018
+(EK-FAC); Eschenhagen et al. 2023 (expand and reduce); Grosse et al. 2023 §2.4 and §3.1.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from bayesinf._data import Batch
+from bayesinf._likelihoods import require
+from bayesinf._task import Task
+from bayesinf.curvature._accounting import Costs
+from bayesinf.curvature._bases import DenseBasis, StandardBasis, rotate_rows
+from bayesinf.curvature._capture import Capture, Record, require_finite
+from bayesinf.curvature._curvature import Block, Curvature
+from bayesinf.curvature._find import find_layers
+from bayesinf.curvature._kronecker import outer_moment, second_moment
+from bayesinf.curvature._kronecker_sums import KroneckerSums
+from bayesinf.curvature._layers import Layer
+from bayesinf.curvature._rows import Rows, squared_norms
+
+__all__ = ["Fisher", "Form", "Sequence", "fit_curvature"]
+
+Fisher = Literal["enumerated", "sampled", "empirical"]
+Form = Literal["ekfac", "kfac", "diagonal", "dense", "identity"]
+Sequence = Literal["expand", "reduce"]
+
+_DENSE = 512
+"""Norm layers and vectors up to this size get a dense block by default."""
+
+
+def fit_curvature(
+    task: Task,
+    *,
+    fisher: Fisher,
+    form: Form | Mapping[str, Form] = "ekfac",
+    draws: int = 1,
+    sequence: Sequence = "expand",
+    max_factor: int = 8192,
+    seed: int = 0,
+    batch_size: int = 256,
+    costs: Costs | None = None,
+) -> Curvature:
+    r"""Fit the curvature of the mean training loss, block by layer.
+
+    Every selected parameter is in a block. By form of the block, with ``G_i`` the gradient of an
+    example as a matrix ``(P, M)`` and expectations over labels and examples:
+
+    * ``"ekfac"``: ``(Q_S ⊗ Q_A) diag(Λ) (Q_S ⊗ Q_A)ᵀ`` with ``Λ = E[(Q_Sᵀ G Q_A)²]``, the diagonal
+      of the layer's Fisher block in that basis: trace and diagonal are exact, and no other diagonal
+      is closer in Frobenius norm;
+    * ``"kfac"``: the same basis, ``Λ = λ_S λ_Aᵀ``;
+    * ``"diagonal"``: ``E[G²]``; ``"dense"``: the whole block ``E[vec G vec Gᵀ]``;
+      ``"identity"``: the multiple of the identity that has the block's trace.
+
+    ``Q_A`` and ``Q_S`` are eigenvectors of ``A = (1/n) Σ a aᵀ`` over inputs and
+    ``S = (1/N) Σ ds dsᵀ`` over output derivatives, ``N`` positions in all. An embedding's tokens
+    are its inputs, so its basis is the identity on that side, exactly. Parameters whose gradients
+    do not factor (tied embeddings, free matrices) take ``A = E[GᵀG]``, ``S = E[GGᵀ]``. Groups of a
+    convolution have factors of their own. Vectors and norm layers are ``"dense"`` up to 512
+    parameters and ``"diagonal"`` above, unless chosen otherwise.
+
+    Parameters
+    ----------
+    task
+        Network, likelihood and training examples. Positions where an ``attention_mask`` among the
+        inputs is 0 count nothing.
+    fisher
+        ``"enumerated"``, ``"sampled"`` or ``"empirical"``; see the module.
+    form
+        One for all layers that have matrices, or by layer name or pattern (``"*.mlp.*"``, the first
+        that matches; layers that none matches are as by default).
+    draws
+        Labels an example for ``"sampled"``.
+    sequence
+        Of Kronecker factors with several positions: ``"expand"`` (positions count as examples) or
+        ``"reduce"`` (inputs are averaged and derivatives summed over positions first).
+    max_factor
+        Sides of a layer beyond this size keep the identity basis.
+    seed
+        Of sampled labels, one generator an example: they do not depend on ``batch_size``.
+    batch_size
+        Examples at a time; the curvature does not depend on it.
+    costs
+        Account to which seconds and passes are added.
+
+    Returns
+    -------
+    Curvature
+        In the model's dtype; sums and eigendecompositions are in float64.
+
+    Raises
+    ------
+    ValueError
+        If an argument is unknown, a pattern matches no layer, an example's loss depends on others,
+        or a gradient is not finite.
+    NotImplementedError
+        If the likelihood lacks the part that ``fisher`` needs.
+    """
+    _require_choice("fisher", fisher, Fisher)
+    _require_choice("sequence", sequence, Sequence)
+    if not isinstance(draws, int) or draws < 1:
+        raise ValueError(f"draws must be a positive number of labels an example; got {draws!r}.")
+    costs = costs if costs is not None else Costs()
+    layers = find_layers(task, costs)
+    forms = _forms(layers, form)
+    with Capture(task, layers, costs) as capture:
+        passes = _Passes(capture, fisher, draws, seed, batch_size)
+        with costs.stage("covariance"):
+            estimates = [
+                _Estimate(task, layer, forms[layer.name], sequence, max_factor) for layer in layers
+            ]
+            for record, pulls, weight in passes:
+                for first, pull in pulls:
+                    for estimate, rows in zip(estimates, pull, strict=True):
+                        estimate.add(rows, record.mask, weight, first)
+        with costs.stage("eigendecomposition"):
+            blocks = [estimate.block() for estimate in estimates]
+        corrected = [i for i, block in enumerate(blocks) if block.form == "ekfac"]
+        if corrected:
+            with costs.stage("eigenvalue correction"):
+                _correct(task, blocks, corrected, passes)
+    info = {
+        "fisher": fisher,
+        "sequence": sequence,
+        "n": task.n,
+        "checkpoint": task.fingerprint()["checkpoint"],
+        **({"draws": draws, "seed": seed} if fisher == "sampled" else {}),
+    }
+    return Curvature(tuple(blocks), {k: tuple(p.shape) for k, p in task.params.items()}, info)
+
+
+def _correct(task: Task, blocks: list[Block], which: list[int], passes: _Passes) -> None:
+    """Replace the eigenvalues of K-FAC by second moments in its basis."""
+    totals = {i: _zeros(task, *blocks[i].layer.shape) for i in which}
+    for _, pulls, weight in passes:
+        for _, pull in pulls:
+            for i in which:
+                totals[i] += weight * second_moment(rotate_rows(blocks[i].basis, pull[i]))
+    for i, total in totals.items():
+        block = blocks[i]
+        _require_finite_sum(total, block.layer, task)
+        values = (total / task.n).to(task.dtype)
+        blocks[i] = Block(block.layer, block.form, block.basis, values)
+
+
+class _Estimate:
+    """Running sums of one layer's block."""
+
+    def __init__(
+        self, task: Task, layer: Layer, form: Form, sequence: Sequence, max_factor: int
+    ) -> None:
+        self.task, self.layer, self.form = task, layer, form
+        self.factors: KroneckerSums | None = None
+        if form in ("ekfac", "kfac"):
+            self.factors = KroneckerSums(layer, sequence, max_factor, task)
+        elif form == "dense":
+            self.total = _zeros(task, layer.size, layer.size)
+        else:
+            self.total = _zeros(task, *layer.shape) if form == "diagonal" else _zeros(task, 1)
+
+    def add(self, rows: Rows, mask: Tensor | None, weight: float, first: bool) -> None:
+        if self.factors is not None:
+            self.factors.add(rows, mask, weight, first)
+        elif self.form == "dense":
+            self.total += weight * outer_moment(rows)
+        elif self.form == "diagonal":
+            self.total += weight * second_moment(rows)
+        else:
+            self.total += weight * squared_norms([rows]).double().sum()
+
+    def block(self) -> Block:
+        layer, n, dtype = self.layer, self.task.n, self.task.dtype
+        if self.factors is not None:
+            basis, values = self.factors.decompose(n)
+            _require_finite_sum(values, layer, self.task)
+            return Block(layer, self.form, basis, values.to(dtype))
+        total = self.total / n
+        _require_finite_sum(total, layer, self.task)
+        if self.form == "dense":
+            values, vectors = torch.linalg.eigh((total + total.T) / 2)
+            kept = values.clamp_min(0).view(layer.shape)
+            return Block(layer, self.form, DenseBasis(vectors.to(dtype)), kept.to(dtype))
+        if self.form == "identity":
+            total = (total / layer.size).expand(layer.shape).contiguous()
+        return Block(layer, self.form, StandardBasis(), total.to(dtype))
+
+
+@dataclass(frozen=True)
+class _Passes:
+    """Batches of training examples with the backward passes that sum to the Fisher."""
+
+    capture: Capture
+    fisher: Fisher
+    draws: int
+    seed: int
+    batch_size: int
+
+    def __iter__(self) -> Iterator[tuple[Record, Iterator[tuple[bool, list[Rows]]], float]]:
+        task = self.capture.task
+        generator = torch.Generator().manual_seed(self.seed)
+        seeds = torch.randint(2**62, (task.n,), generator=generator)
+        for where, batch in task.train.batches(self.batch_size):
+            record = self.capture.record(batch)
+            weight = 1 / self.draws if self.fisher == "sampled" else 1.0
+            yield record, self._pulls(record, batch, where, seeds[where].tolist()), weight
+
+    def _pulls(
+        self, record: Record, batch: Batch, where: slice, seeds: list[int]
+    ) -> Iterator[tuple[bool, list[Rows]]]:
+        """Rows of every backward pass, and whether it is the first of its batch."""
+        task = self.capture.task
+        for k, (value, vector, last) in enumerate(self._targets(record, batch, seeds)):
+            pull = record.pull(value, vector, keep=not last)
+            for layer, rows in zip(self.capture.layers, pull, strict=True):
+                require_finite(rows, layer.name, task.train.ids[where], "train")
+            yield k == 0, pull
+
+    def _targets(
+        self, record: Record, batch: Batch, seeds: list[int]
+    ) -> Iterator[tuple[Tensor, Tensor | None, bool]]:
+        """What to differentiate, in which direction, and whether it is the last."""
+        likelihood = self.capture.task.likelihood
+        if self.fisher == "enumerated":
+            factor = require(likelihood, "fisher_factor", "fisher='enumerated'")
+            rows = factor(record.outputs.detach(), batch[1])
+            for k, row in enumerate(rows):
+                yield record.outputs, row, k == len(rows) - 1
+            return
+        targets = (
+            iter([batch[1]]) if self.fisher == "empirical" else self._sample(record, batch, seeds)
+        )
+        count = 1 if self.fisher == "empirical" else self.draws
+        for k, target in enumerate(targets):
+            with torch.enable_grad():
+                total = likelihood.loss(record.outputs, target).sum()
+            yield total, None, k == count - 1
+
+    def _sample(self, record: Record, batch: Batch, seeds: list[int]) -> Iterator[Tensor]:
+        task = self.capture.task
+        sample = require(task.likelihood, "sample", "fisher='sampled'")
+        generators = [torch.Generator(task.device).manual_seed(seed) for seed in seeds]
+        outputs = tree_map(lambda leaf: leaf.detach(), record.outputs)
+        for _ in range(self.draws):
+            drawn = []
+            for i, generator in enumerate(generators):
+                one, target = (
+                    tree_map(lambda leaf, i=i: leaf[i : i + 1], part)
+                    for part in (outputs, batch[1])
+                )
+                drawn.append(sample(one, target, generator))
+            yield torch.cat(drawn)
+
+
+def _forms(layers: tuple[Layer, ...], form: Form | Mapping[str, Form]) -> dict[str, Form]:
+    """The form of every layer's block."""
+    chosen = dict(form) if isinstance(form, Mapping) else {}
+    for value in chosen.values() if isinstance(form, Mapping) else [form]:
+        _require_choice("form", value, Form)
+    names = [layer.name for layer in layers]
+    unused = [p for p in chosen if not any(fnmatch.fnmatchcase(name, p) for name in names)]
+    if unused:
+        raise ValueError(
+            f"form= names no layer with {unused}; layers are {names[:12]}"
+            f"{' …' if len(names) > 12 else ''}."
+        )
+    found: dict[str, Form] = {}
+    for layer in layers:
+        hits = [value for p, value in chosen.items() if fnmatch.fnmatchcase(layer.name, p)]
+        general: Form = "ekfac" if isinstance(form, Mapping) else form
+        found[layer.name] = hits[0] if hits else _default_form(layer, general)
+    return found
+
+
+def _default_form(layer: Layer, general: Form) -> Form:
+    vector = layer.kind == "affine" or (layer.kind == "free" and 1 in layer.shape)
+    if general in ("ekfac", "kfac") and vector:
+        return "dense" if layer.size <= _DENSE else "diagonal"
+    return general
+
+
+def _require_choice(name: str, value: str, choices: object) -> None:
+    if value not in get_args(choices):
+        raise ValueError(f"{name} must be one of {get_args(choices)}; got {value!r}.")
+
+
+def _require_finite_sum(total: Tensor, layer: Layer, task: Task) -> None:
+    if not bool(torch.isfinite(total).all()):
+        raise ValueError(
+            f"layer {layer.name!r}: gradients are finite, but their products overflow "
+            f"{task.dtype}. Use a float64 model: model.double()."
+        )
+
+
+def _zeros(task: Task, *shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.float64, device=task.device)

@@ -1,0 +1,127 @@
+r"""Kronecker factors of one layer: running sums of ``A`` and ``S``, and their eigenbases.
+
+``A = (1/n) Σ_b Σ_t a aᵀ`` ``(M, M)`` and ``S = (1/N) Σ_b Σ_t ds dsᵀ`` ``(P, P)``, ``N`` positions
+in all, so that ``S ⊗ A`` estimates the layer's curvature. By kind of rows:
+
+* factored: as above (grouped: in every group);
+* indexed: the roles are exchanged, since what varies with the label is the row of the token:
+  ``S`` is the diagonal of token frequencies, ``A`` the covariance of derivatives;
+* matrices: ``A = Σ GᵀG``, ``S = Σ GGᵀ``, scaled to the right trace.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bayesinf._task import Task
+from bayesinf.curvature._bases import KroneckerBasis
+from bayesinf.curvature._kronecker import eigenbasis
+from bayesinf.curvature._layers import Layer
+from bayesinf.curvature._rows import Factored, Grouped, Indexed, Rows
+
+__all__ = ["KroneckerSums"]
+
+
+@dataclass
+class _Side:
+    """Sum of a factor's outer products, or of its diagonal."""
+
+    size: int
+    diagonal: bool
+    groups: int
+    like: Tensor
+
+    def __post_init__(self) -> None:
+        lead = (self.groups,) if self.groups > 1 else ()
+        shape = (*lead, self.size) if self.diagonal else (*lead, self.size, self.size)
+        self.total = self.like.new_zeros(shape)
+
+    def add(self, x: Tensor, weight: float = 1.0) -> None:
+        """Add ``Σ x xᵀ`` over the rows of ``(N, size)``, or of ``(N, g, size)``."""
+        if self.diagonal:
+            self.total += weight * x.square().sum(0)
+        elif x.ndim == 3:
+            self.total += weight * torch.einsum("ngi,ngj->gij", x, x)
+        else:
+            self.total += weight * (x.T @ x)
+
+    def decompose(self) -> tuple[Tensor, Tensor | None]:
+        """Eigenvalues and eigenvectors (``None``: the identity)."""
+        return (self.total, None) if self.diagonal else eigenbasis(self.total)
+
+
+class KroneckerSums:
+    """Sums for the Kronecker factors of one layer."""
+
+    def __init__(self, layer: Layer, sequence: str, max_factor: int, task: Task) -> None:
+        rows, columns = layer.shape[0] // layer.groups, layer.shape[1]
+        like = torch.zeros((), dtype=torch.float64, device=task.device)
+        index = layer.kind == "embedding"
+        self.layer, self.sequence = layer, sequence
+        self.a = _Side(columns, columns > max_factor, layer.groups, like)
+        self.s = _Side(rows, index or rows > max_factor, layer.groups, like)
+        self.dtype, self.positions = task.dtype, 0
+        self.squares = 0.0
+        self.matrices = False
+
+    def add(self, rows: Rows, mask: Tensor | None, weight: float, first: bool) -> None:
+        """Add the rows ``(B, 1)`` of a backward pass; inputs count in the first of a batch."""
+        if isinstance(rows, Indexed):
+            self._add_indexed(rows, mask, weight, first)
+        elif isinstance(rows, (Factored, Grouped)):
+            self._add_factored(rows, mask, weight, first)
+        else:
+            self._add_matrices(rows, weight)
+
+    def decompose(self, n: int) -> tuple[KroneckerBasis, Tensor]:
+        """Return the basis and the eigenvalues ``λ_S λ_Aᵀ`` ``(P, M)`` of K-FAC."""
+        values_a, q_a = self.a.decompose()
+        values_s, q_s = self.s.decompose()
+        values = values_s.unsqueeze(-1) * values_a.unsqueeze(-2)
+        scale = n * self.squares if self.matrices else n * max(1, self.positions)
+        basis = KroneckerBasis(*(None if q is None else q.to(self.dtype) for q in (q_s, q_a)))
+        return basis, values.reshape(self.layer.shape) / (scale or 1.0)
+
+    def _add_factored(
+        self, rows: Factored | Grouped, mask: Tensor | None, weight: float, first: bool
+    ) -> None:
+        a, ds = rows.a, rows.values.squeeze(1)  # (B, T, …)
+        keep = mask if mask is not None and mask.shape == a.shape[:2] else None
+        count = a.shape[0] * a.shape[1] if keep is None else int(keep.sum())
+        if self.sequence == "reduce":
+            count, ds = a.shape[0], ds.sum(1, keepdim=True)
+            a = _mean(a, keep) if first else a
+        elif keep is not None:
+            a, ds = (a[keep].unsqueeze(0) if first else a), ds[keep].unsqueeze(0)
+        if first:
+            self.positions += count
+            self.a.add(a.flatten(0, 1))
+        self.s.add(ds.flatten(0, 1), weight)
+
+    def _add_indexed(self, rows: Indexed, mask: Tensor | None, weight: float, first: bool) -> None:
+        index, ds = rows.index, rows.values.squeeze(1)
+        if mask is not None and mask.shape == index.shape:
+            index, ds = index[mask], ds[mask]
+        if first:
+            self.positions += index.numel()
+            self.s.total += torch.bincount(index.flatten(), minlength=rows.size)
+        self.a.add(ds.reshape(-1, ds.shape[-1]), weight)
+
+    def _add_matrices(self, rows: Rows, weight: float) -> None:
+        self.matrices = True
+        for _, part in rows.chunks():
+            g = part.matrices().squeeze(1)  # (B, P, M)
+            self.a.add(g.flatten(0, 1), weight)
+            self.s.add(g.mT.flatten(0, 1), weight)
+            self.squares += weight * float(g.double().square().sum())
+
+
+def _mean(a: Tensor, keep: Tensor | None) -> Tensor:
+    """Mean over the positions that count, ``(B, 1, …)``."""
+    if keep is None:
+        return a.mean(1, keepdim=True)
+    weights = (keep / keep.sum(1, keepdim=True).clamp_min(1)).to(a)
+    return (a * weights.view(*weights.shape, *[1] * (a.ndim - 2))).sum(1, keepdim=True)
