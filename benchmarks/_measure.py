@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Cost", "measured"]
+__all__ = ["Cost", "measured", "peak_mb", "resident_mb"]
 
 _RESET, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
@@ -32,17 +32,27 @@ def measured() -> Iterator[Cost]:
     """
     with suppress(OSError):
         _RESET.write_text("5")
-    cost, start = Cost(), _peak()
+    cost, start = Cost(), peak_mb()
     wall, cpu = time.perf_counter(), time.process_time()
     yield cost
     cost.wall, cost.cpu = time.perf_counter() - wall, time.process_time() - cpu
-    cost.memory = max(0.0, _peak() - start)
+    cost.memory = max(0.0, peak_mb() - start)
 
 
-def _peak() -> float:
+def peak_mb() -> float:
     """Peak resident memory in MiB."""
-    if _STATUS.exists():
-        for line in _STATUS.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    found = _status("VmHWM:")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 if found is None else found
+
+
+def resident_mb() -> float:
+    """Resident memory in MiB; where the kernel does not tell, its peak."""
+    found = _status("VmRSS:")
+    return peak_mb() if found is None else found
+
+
+def _status(field: str) -> float | None:
+    if not _STATUS.exists():
+        return None
+    lines = _STATUS.read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))

@@ -140,7 +140,7 @@ def token_grid(scores: xr.Dataset, length: int) -> np.ndarray:
     ----------
     scores
         ``influence(query, train_token)`` with coordinates ``train`` (ids ``0 … n − 1``) and
-        ``position``.
+        ``train_position``.
     length
         Positions of a sequence, ``T``.
 
@@ -150,7 +150,7 @@ def token_grid(scores: xr.Dataset, length: int) -> np.ndarray:
         ``(query, n, T)``: ``−n · influence``, and 0 at positions that have no score.
     """
     influence = scores["influence"].transpose("query", "train_token").values
-    train, position = scores["train"].values, scores["position"].values
+    train, position = scores["train"].values, scores["train_position"].values
     n = int(train.max()) + 1
     grid = np.zeros((len(influence), n, length), dtype=influence.dtype)
     grid[:, train, position] = -n * influence

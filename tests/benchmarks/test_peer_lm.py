@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,15 @@ def test_sequence_scores_have_the_peers_conventions(folder: Path, whole: bool) -
     np.testing.assert_allclose(parity.to_peer(got), expected, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize("whole", [True, False], ids=["kronfluence", "bergson"])
+def test_token_scores_have_the_peers_conventions(folder: Path, whole: bool) -> None:
+    task = load_lm_task(folder, whole=whole, dtype=torch.float64)
+    settings = {"fisher": "empirical", "relative_damping": 0.1, "batch_size": 5}
+    got = token_grid(bi.ekfac(task, **settings, train_tokens="position"), LENGTH)
+    expected = reference_scores(folder, whole=whole)
+    np.testing.assert_allclose(got, expected, rtol=1e-8, atol=1e-10)
+
+
 def test_the_two_conventions_differ(folder: Path) -> None:
     """What the peers' difference from each other comes from: the last position's inputs in A."""
     whole, short = (reference_scores(folder, whole=flag) for flag in (True, False))
@@ -65,7 +75,7 @@ def test_token_scores_are_laid_out_as_theirs() -> None:
         {"influence": (("query", "train_token"), [[1.0, 2.0, 3.0]])},
         coords={
             "train": ("train_token", [0, 1, 1]),
-            "position": ("train_token", [0, 0, 2]),
+            "train_position": ("train_token", [0, 0, 2]),
         },
     )
     expected = [[[-2.0, 0, 0, 0], [-4.0, 0, -6.0, 0]]]
@@ -80,15 +90,26 @@ class FakePeers(Peers):
 
 
 @pytest.mark.parametrize(("factor", "status"), [(1.0, 0), (1.001, 1)])
+@pytest.mark.parametrize("part", ["sequences", "tokens"])
 def test_parity_judges_the_rows_of_the_language_model(
-    folder: Path, factor: float, status: int
+    folder: Path, part: str, factor: float, status: int
 ) -> None:
     for peer, whole in (("kronfluence", True), ("bergson", False)):
-        scores = reference_scores(folder, whole=whole).sum(-1)
-        np.save(folder / f"{peer}_lm_ekfac_emp.npy", factor * scores)
+        scores = factor * reference_scores(folder, whole=whole)
+        np.save(folder / f"{peer}_lm_ekfac_emp.npy", scores.sum(-1))
+        np.save(folder / f"{peer}_lm_ekfac_emp_token_scores.npy", scores)
     there = parity.Finished(FakePeers(folder, "python", None))
-    argv = [str(folder), "--only", "sequences"]
+    argv = [str(folder), "--only", part]
     assert parity.main(argv, lambda case, _: parity.compare(case, there)) == status
+
+
+def test_parity_needs_the_right_convention(folder: Path) -> None:
+    """bergson's scores are ours on shortened sequences, not on whole ones."""
+    np.save(folder / "bergson_lm_ekfac_emp.npy", reference_scores(folder, whole=False).sum(-1))
+    there = parity.Finished(FakePeers(folder, "python", None))
+    case = next(c for c in parity.CASES if c.name == "GPT-NeoX, bergson, sequences")
+    wrong = replace(case, ours=lambda f: parity.our_lm(f, whole=True, tokens=False))
+    assert parity.compare(case, there) < case.bar < parity.compare(wrong, there)
 
 
 def test_missing_task_says_who_makes_it(tmp_path: Path) -> None:
