@@ -96,8 +96,15 @@ class CausalLM:
         return F.pad(gap.logsumexp(2).masked_fill(~counted, 0), (1, 0))
 
     def loss(self, outputs: Tensor, target: Tensor) -> Tensor:
-        """Loss of each sequence ``(B,)``, summed over its counted tokens."""
-        return self.token_losses(outputs, target).sum(1)
+        """Loss of each sequence ``(B,)``, summed over its counted tokens.
+
+        By one fused cross-entropy over all positions, the last of which predicts nothing.
+        """
+        counted = F.pad(self.token_mask(target)[:, 1:], (0, 1))
+        label = F.pad(target[:, 1:], (0, 1)).masked_fill(~counted, -100)
+        f = _precise(outputs).masked_fill(~counted.unsqueeze(2), 0)
+        losses = F.cross_entropy(f.flatten(0, 1), label.flatten(), reduction="none")
+        return losses.view(target.shape).sum(1)
 
     def margin(self, outputs: Tensor, target: Tensor) -> Tensor:
         """Log-odds of the tokens, ``log p/(1−p)``, summed over counted ones (TRAK, Park 2023)."""

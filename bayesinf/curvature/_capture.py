@@ -9,6 +9,7 @@ of a ``with`` block. Differentiation runs through a functional call, so ``requir
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import cached_property
 from types import TracebackType
@@ -25,7 +26,7 @@ from bayesinf._data import Batch
 from bayesinf._task import Task
 from bayesinf.curvature._accounting import Costs
 from bayesinf.curvature._layers import Layer
-from bayesinf.curvature._rows import Explicit, Factored, Grouped, Indexed, Rows, mixed
+from bayesinf.curvature._rows import Explicit, Factored, Grouped, Indexed, Mixed, Rows, mixed
 from bayesinf.curvature._sites import Call, contribution, expand_shared_index
 
 __all__ = ["Capture", "Record", "each_example", "require_finite"]
@@ -142,6 +143,12 @@ class Capture:
         From :func:`bayesinf.curvature.find_layers`.
     costs
         Account to which passes are added.
+
+    Attributes
+    ----------
+    expanded
+        Embeddings whose index the whole batch shared in the last recording (positions, say), and
+        was repeated for every example.
     """
 
     def __init__(self, task: Task, layers: tuple[Layer, ...], costs: Costs | None = None) -> None:
@@ -151,6 +158,9 @@ class Capture:
         self.params = {name: task.params[name].detach().requires_grad_() for name in names}
         self._calls: dict[str, list[Call]] = {}
         self._size = 0
+        self.expanded: set[str] = set()
+        self._lengths: dict[str, list[int]] = {}
+        self._shared: set[str] | None = None
         self._handles: list[Any] = []
 
     def __enter__(self) -> Self:
@@ -159,7 +169,7 @@ class Capture:
             if site not in sites:
                 continue
             if isinstance(module, nn.Embedding):
-                self._handles.append(module.register_forward_pre_hook(self._expand))
+                self._handles.append(module.register_forward_pre_hook(self._expand(site)))
             hook = self._hook(site)
             self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
         return self
@@ -177,20 +187,36 @@ class Capture:
 
     def record(self, batch: Batch) -> Record:
         """Run a batch forward and return what the layers saw."""
+        outputs = self._forward(batch)
+        if self._lengths and self._shared is None:
+            self._shared = self._find_shared()
+            outputs = self._forward(batch) if self._shared else outputs
+        return Record(self, batch, outputs, self._calls)
+
+    def _forward(self, batch: Batch) -> Any:
         self._calls = {site: [] for layer in self.layers for site in layer.sites}
-        self._size = _length(batch)
+        self._size, self.expanded, self._lengths = _length(batch), set(), {}
         try:
             with torch.enable_grad():
                 outputs = self.task.outputs(self.params, batch)
         finally:
             self._size = 0
         self.costs.forward_examples += _length(batch)
-        return Record(self, batch, outputs, self._calls)
+        return outputs
+
+    def _find_shared(self) -> set[str]:
+        """Sites of vectors of ids that are as long for one example as for two of it."""
+        lengths = []
+        for copies in (1, 2):
+            self._forward(self.task.train.batch(torch.zeros(copies, dtype=torch.long)))
+            lengths.append(self._lengths)
+        one, two = lengths
+        return {site for site in one if one[site] == two.get(site)}
 
     def _hook(self, site: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             if self._size and isinstance(output, Tensor) and output.requires_grad:
-                x = args[0] if args else kwargs["input"]
+                x = args[0] if args else next(iter(kwargs.values()))
                 call = Call(
                     module, x.detach(), get_gradient_edge(output), output.shape, output.dtype
                 )
@@ -198,10 +224,22 @@ class Capture:
 
         return hook
 
-    def _expand(self, module: nn.Module, args: Any) -> Any:
-        return (
-            (expand_shared_index(args[0], self._size), *args[1:]) if self._size and args else None
-        )
+    def _expand(self, site: str) -> Any:
+        def hook(module: nn.Module, args: Any) -> Any:
+            if not self._size or not args:
+                return None
+            index = args[0]
+            if index.ndim == 1:
+                self._lengths.setdefault(site, []).append(len(index))
+                shared = site in (self._shared or ())
+            else:
+                shared = index.ndim > 1 and len(index) == 1 < self._size
+            if not shared:
+                return None
+            self.expanded.add(site)
+            return (expand_shared_index(index, self._size), *args[1:])
+
+        return hook
 
 
 def each_example(function: Callable[[Any], Any], examples: Any) -> Any:
@@ -211,7 +249,9 @@ def each_example(function: Callable[[Any], Any], examples: Any) -> Any:
     wrong with the function raises again in the loop.
     """
     try:
-        return vmap(function)(examples)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
+            return vmap(function)(examples)
     except (RuntimeError, NotImplementedError):
         count = len(tree_flatten(examples)[0][0])
         results = [function(tree_map(lambda leaf, i=i: leaf[i], examples)) for i in range(count)]
@@ -239,7 +279,9 @@ def require_finite(rows: Rows, name: str, ids: np.ndarray, split: str) -> None:
     ValueError
         Naming example and layer.
     """
-    tensors = [rows.values] + [rows.a for _ in (1,) if isinstance(rows, (Factored, Grouped))]
+    parts = rows.parts if isinstance(rows, Mixed) else (rows,)
+    tensors = [part.values for part in parts]
+    tensors += [part.a for part in parts if isinstance(part, (Factored, Grouped))]
     # a sum is finite unless an entry is not (or the entries are near overflow)
     if bool(torch.isfinite(torch.stack([tensor.sum() for tensor in tensors])).all()):
         return

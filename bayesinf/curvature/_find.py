@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map
 
+from bayesinf._data import Batch
 from bayesinf._task import Task
 from bayesinf.curvature._accounting import Costs
 from bayesinf.curvature._capture import Capture, Record, require_finite
@@ -15,6 +19,9 @@ __all__ = ["find_layers"]
 
 _CHECKED = 16
 """Examples on which captured gradients are compared with autograd's."""
+
+_MISFITS = (ValueError, RuntimeError, TypeError, IndexError)
+"""What shapes or arguments that do not fit a layer's structure end in."""
 
 
 def find_layers(task: Task, costs: Costs | None = None) -> tuple[Layer, ...]:
@@ -58,12 +65,50 @@ def find_layers(task: Task, costs: Costs | None = None) -> tuple[Layer, ...]:
         layer, gap = wrong[0]
         raise ValueError(
             f"layer {layer.name!r}: gradients of single examples do not sum to the gradient of the "
-            f"batch (relative difference {gap:.2g}). The loss of an example depends on the other "
-            f"examples of its batch. Usual causes: batch statistics, attention or a softmax across "
-            f"the batch, a loss divided by the batch size. Make outputs a function of the example "
-            f"alone (batch norm in eval mode is)."
+            f"batch (relative difference {gap:.2g}). {_DEPENDS}"
         )
     return found
+
+
+_DEPENDS = (
+    "The loss of an example depends on the other examples of its batch. Usual causes: batch "
+    "statistics, attention or a softmax across the batch, a loss divided by the batch size. Make "
+    "outputs and loss a function of the example alone (batch norm in eval mode is)."
+)
+
+
+def _require_own(task: Task, outputs: object, batch: Batch) -> None:
+    """Compare half of a batch alone with the same half within the batch."""
+    few = len(tree_flatten(batch)[0][0]) // 2
+    if not few:
+        return
+
+    def half(tree: Any) -> Any:
+        return tree_map(lambda leaf: leaf.detach()[:few], tree)
+
+    with torch.no_grad():
+        within = half(outputs)
+        if not _agree(within, task.outputs(task.params, half(batch))):
+            raise ValueError(f"outputs of {few} examples change with the batch. {_DEPENDS}")
+        loss = task.likelihood.loss
+        if not _agree(half(loss(outputs, batch[1])), loss(within, half(batch[1]))):
+            raise ValueError(f"losses of {few} examples change with the batch. {_DEPENDS}")
+
+
+def _agree(one: Any, other: Any) -> bool:
+    """Whether outputs are equal up to rounding; NaNs are somebody else's business."""
+    for x, y in zip(tree_flatten(one)[0], tree_flatten(other)[0], strict=True):
+        tolerance = {torch.float64: 1e-8, torch.float32: 1e-3}.get(x.dtype, 0.1)
+        if x.shape != y.shape:
+            return False
+        x, y = x.detach().double(), y.detach().double()
+        if float((x - y).norm()) > tolerance * float(x.norm()):
+            return False
+    return True
+
+
+def _at(layers: tuple[Layer, ...], sites: set[str]) -> list[tuple[Layer, float]]:
+    return [(layer, float("inf")) for layer in layers if not sites.isdisjoint(layer.sites)]
 
 
 def _mismatched(
@@ -76,7 +121,15 @@ def _mismatched(
     count = min(_CHECKED, task.n)
     batch = task.train.batch(slice(0, count))
     with Capture(task, layers, costs) as capture:
-        record = capture.record(batch)
+        try:
+            record = capture.record(batch)
+        except _MISFITS:
+            if not capture.expanded:
+                raise
+            return _at(layers, capture.expanded)
+        if capture.expanded and not _agree(record.outputs, task.outputs(task.params, batch)):
+            return _at(layers, capture.expanded)
+        _require_own(task, record.outputs, batch)
         with torch.enable_grad():
             losses = task.likelihood.loss(record.outputs, batch[1])
             weights = torch.linspace(0.5, 1.5, count, dtype=losses.dtype, device=losses.device)
@@ -116,7 +169,7 @@ def _gap(
         captured = torch.zeros_like(exact)
         for where, part in rows.chunks():
             captured += torch.einsum("b,bpm->pm", weights[where], part.matrices()[:, 0])
-    except (ValueError, RuntimeError):  # shapes that do not fit the layer's structure
+    except _MISFITS:
         return float("inf")
     require_finite(rows, layer.name, task.train.ids[: record.size], "train")
     if not bool(torch.isfinite(exact).all()):

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -34,6 +35,7 @@ from bayesinf.curvature._kronecker import outer_moment, second_moment
 from bayesinf.curvature._kronecker_sums import KroneckerSums
 from bayesinf.curvature._layers import Layer
 from bayesinf.curvature._rows import Rows, squared_norms
+from bayesinf.curvature._spool import Spool
 
 __all__ = ["Fisher", "Form", "Sequence", "fit_curvature"]
 
@@ -53,6 +55,7 @@ def fit_curvature(
     draws: int = 1,
     sequence: Sequence = "expand",
     max_factor: int = 8192,
+    spool_limit: float = 4.0,
     seed: int = 0,
     batch_size: int = 256,
     costs: Costs | None = None,
@@ -93,6 +96,9 @@ def fit_curvature(
         ``"reduce"`` (inputs are averaged and derivatives summed over positions first).
     max_factor
         Sides of a layer beyond this size keep the identity basis.
+    spool_limit
+        GiB of captured gradients that are kept in a temporary file for the second pass of EK-FAC,
+        instead of computing them again (on the CPU; 0 turns it off).
     seed
         Of sampled labels, one generator an example: they do not depend on ``batch_size``.
     batch_size
@@ -120,16 +126,19 @@ def fit_curvature(
     costs = costs if costs is not None else Costs()
     layers = find_layers(task, costs)
     forms = _forms(layers, form)
-    with Capture(task, layers, costs) as capture:
-        passes = _Passes(capture, fisher, draws, seed, batch_size)
+    with ExitStack() as stack:
+        capture = stack.enter_context(Capture(task, layers, costs))
+        two = "ekfac" in forms.values() and task.device.type == "cpu"
+        spool = stack.enter_context(Spool(int(spool_limit * 2**30) if two else 0))
+        passes = _Passes(capture, fisher, draws, seed, batch_size, spool)
         with costs.stage("covariance"):
             estimates = [
                 _Estimate(task, layer, forms[layer.name], sequence, max_factor) for layer in layers
             ]
-            for record, pulls, weight in passes:
+            for mask, pulls in passes:
                 for first, pull in pulls:
                     for estimate, rows in zip(estimates, pull, strict=True):
-                        estimate.add(rows, record.mask, weight, first)
+                        estimate.add(rows, mask, passes.weight, first)
         with costs.stage("eigendecomposition"):
             blocks = [estimate.block() for estimate in estimates]
         corrected = [i for i, block in enumerate(blocks) if block.form == "ekfac"]
@@ -149,10 +158,10 @@ def fit_curvature(
 def _correct(task: Task, blocks: list[Block], which: list[int], passes: _Passes) -> None:
     """Replace the eigenvalues of K-FAC by second moments in its basis."""
     totals = {i: _zeros(task, *blocks[i].layer.shape) for i in which}
-    for _, pulls, weight in passes:
+    for _, pulls in passes:
         for _, pull in pulls:
             for i in which:
-                totals[i] += weight * second_moment(rotate_rows(blocks[i].basis, pull[i]))
+                totals[i] += passes.weight * second_moment(rotate_rows(blocks[i].basis, pull[i]))
     for i, total in totals.items():
         block = blocks[i]
         _require_finite_sum(total, block.layer, task)
@@ -211,25 +220,35 @@ class _Passes:
     draws: int
     seed: int
     batch_size: int
+    spool: Spool
 
-    def __iter__(self) -> Iterator[tuple[Record, Iterator[tuple[bool, list[Rows]]], float]]:
+    @property
+    def weight(self) -> float:
+        """Of every backward pass."""
+        return 1 / self.draws if self.fisher == "sampled" else 1.0
+
+    def __iter__(self) -> Iterator[tuple[Tensor | None, Iterator[tuple[bool, list[Rows]]]]]:
+        """Positions that count, and the rows of every pull with whether it is the first."""
         task = self.capture.task
         generator = torch.Generator().manual_seed(self.seed)
         seeds = torch.randint(2**62, (task.n,), generator=generator)
-        for where, batch in task.train.batches(self.batch_size):
-            record = self.capture.record(batch)
-            weight = 1 / self.draws if self.fisher == "sampled" else 1.0
-            yield record, self._pulls(record, batch, where, seeds[where].tolist()), weight
+        for i, (where, batch) in enumerate(task.train.batches(self.batch_size)):
+            if i in self.spool:
+                pulls = self.spool.pulls(i)
+                yield None, ((k == 0, pull) for k, pull in enumerate(pulls))
+            else:
+                record = self.capture.record(batch)
+                yield record.mask, self._pulls(record, batch, where, seeds[where].tolist(), i)
 
     def _pulls(
-        self, record: Record, batch: Batch, where: slice, seeds: list[int]
+        self, record: Record, batch: Batch, where: slice, seeds: list[int], i: int
     ) -> Iterator[tuple[bool, list[Rows]]]:
-        """Rows of every backward pass, and whether it is the first of its batch."""
         task = self.capture.task
         for k, (value, vector, last) in enumerate(self._targets(record, batch, seeds)):
             pull = record.pull(value, vector, keep=not last)
             for layer, rows in zip(self.capture.layers, pull, strict=True):
                 require_finite(rows, layer.name, task.train.ids[where], "train")
+            self.spool.put(i, pull, first=k == 0)
             yield k == 0, pull
 
     def _targets(

@@ -82,7 +82,7 @@ class ExampleSpaceInverse:
         """``(C + λI)⁻¹`` times every row."""
         solved = torch.cholesky_solve(gram(self.rows, rows), self.factor) / self.n  # (N, Q)
         return [
-            Explicit((q.matrices() - combine(r, solved)) / self.damping)
+            Explicit((q.matrices().flatten(0, 1).unsqueeze(1) - combine(r, solved)) / self.damping)
             for q, r in zip(rows, self.rows, strict=True)
         ]
 

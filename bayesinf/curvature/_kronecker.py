@@ -18,6 +18,9 @@ from bayesinf.curvature._rows import Factored, Indexed, Rows
 
 __all__ = ["eigenbasis", "outer_moment", "second_moment"]
 
+_TILE = 2**18
+"""Elements of explicit gradients at a time, which should stay in cache."""
+
 
 def eigenbasis(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues (not below 0, ascending) and eigenvectors of covariances ``(..., M, M)``."""
@@ -37,7 +40,7 @@ def second_moment(rows: Rows) -> Tensor:
     if isinstance(rows, Indexed):
         return _indexed_moment(rows)
     total = rows.values.new_zeros(rows.matrix_shape)
-    for _, part in rows.chunks():
+    for _, part in rows.chunks(_TILE):
         total += part.matrices().square().sum((0, 1))
     return total
 

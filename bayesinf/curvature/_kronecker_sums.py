@@ -24,6 +24,9 @@ from bayesinf.curvature._rows import Factored, Grouped, Indexed, Rows
 
 __all__ = ["KroneckerSums"]
 
+_BLOCK = 128
+"""Columns at a time of a symmetric product."""
+
 
 @dataclass
 class _Side:
@@ -46,11 +49,21 @@ class _Side:
         elif x.ndim == 3:
             self.total += weight * torch.einsum("ngi,ngj->gij", x, x)
         else:
-            self.total += weight * (x.T @ x)
+            self.total += weight * _gram(x)
 
     def decompose(self) -> tuple[Tensor, Tensor | None]:
         """Eigenvalues and eigenvectors (``None``: the identity)."""
         return (self.total, None) if self.diagonal else eigenbasis(self.total)
+
+
+def _gram(x: Tensor) -> Tensor:
+    """``xᵀ x``: the upper triangle by blocks of columns, then mirrored."""
+    size = x.shape[1]
+    out = x.new_empty(size, size)
+    for start in range(0, size, _BLOCK):
+        where = slice(start, start + _BLOCK)
+        torch.mm(x[:, where].T, x[:, start:], out=out[where, start:])
+    return out.triu() + out.triu(1).T
 
 
 class KroneckerSums:
@@ -64,7 +77,7 @@ class KroneckerSums:
         self.a = _Side(columns, columns > max_factor, layer.groups, like)
         self.s = _Side(rows, index or rows > max_factor, layer.groups, like)
         self.dtype, self.positions = task.dtype, 0
-        self.squares = 0.0
+        self.squares = like.new_zeros(layer.groups)
         self.matrices = False
 
     def add(self, rows: Rows, mask: Tensor | None, weight: float, first: bool) -> None:
@@ -80,10 +93,12 @@ class KroneckerSums:
         """Return the basis and the eigenvalues ``λ_S λ_Aᵀ`` ``(P, M)`` of K-FAC."""
         values_a, q_a = self.a.decompose()
         values_s, q_s = self.s.decompose()
-        values = values_s.unsqueeze(-1) * values_a.unsqueeze(-2)
-        scale = n * self.squares if self.matrices else n * max(1, self.positions)
+        values = values_s.unsqueeze(-1) * values_a.unsqueeze(-2)  # (P, M) or (g, P/g, M)
+        values = values.reshape(self.layer.groups, -1, self.layer.shape[1])
+        scale = self.squares if self.matrices else torch.full_like(self.squares, self.positions)
+        scale = n * torch.where(scale > 0, scale, 1.0)
         basis = KroneckerBasis(*(None if q is None else q.to(self.dtype) for q in (q_s, q_a)))
-        return basis, values.reshape(self.layer.shape) / (scale or 1.0)
+        return basis, (values / scale.view(-1, 1, 1)).reshape(self.layer.shape)
 
     def _add_factored(
         self, rows: Factored | Grouped, mask: Tensor | None, weight: float, first: bool
@@ -113,10 +128,15 @@ class KroneckerSums:
     def _add_matrices(self, rows: Rows, weight: float) -> None:
         self.matrices = True
         for _, part in rows.chunks():
-            g = part.matrices().squeeze(1)  # (B, P, M)
-            self.a.add(g.flatten(0, 1), weight)
-            self.s.add(g.mT.flatten(0, 1), weight)
-            self.squares += weight * float(g.double().square().sum())
+            g = part.matrices().squeeze(1).unflatten(1, (self.layer.groups, -1))  # (B, g, P/g, M)
+            self.squares += weight * g.double().square().sum((0, 2, 3))
+            self.a.add(self._rows(g.permute(0, 2, 1, 3)), weight)
+            self.s.add(self._rows(g.permute(0, 3, 1, 2)), weight)
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """``(B, N, g, size)`` as ``(B·N, g, size)``, without ``g`` where there is one group."""
+        x = x.flatten(0, 1)
+        return x.squeeze(1) if self.layer.groups == 1 else x
 
 
 def _mean(a: Tensor, keep: Tensor | None) -> Tensor:

@@ -26,11 +26,14 @@ from torch import Tensor
 
 __all__ = [
     "Explicit", "Factored", "Grouped", "Indexed", "Mixed", "Rows", "concatenate", "flat_rows",
-    "gram", "inner", "mixed", "squared_norms", "stack",
+    "gram", "inner", "mixed", "squared_norms", "stack", "unstack",
 ]  # fmt: skip
 
 _CHUNK = 2**24
 """Elements of a temporary at a time."""
+
+_TILE = 2**21
+"""Elements of a temporary that is written once and read once, which should stay in cache."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +58,11 @@ class _Rows:
 
     def part(self, where: slice | Tensor) -> Self:
         """Rows of some of the examples."""
-        return self._each(lambda leaf: leaf[where])
+        return self.each(lambda leaf: leaf[where])
 
     def to(self, dtype: torch.dtype) -> Self:
         """Return the rows in another precision."""
-        return self._each(lambda leaf: leaf.to(dtype) if leaf.is_floating_point() else leaf)
+        return self.each(lambda leaf: leaf.to(dtype) if leaf.is_floating_point() else leaf)
 
     def flat(self) -> Tensor:
         """Explicit rows, ``(B·K, P·M)``."""
@@ -69,19 +72,18 @@ class _Rows:
         """Keep what is smaller than explicit rows, make everything else explicit."""
         return Explicit(self.matrices())
 
-    def chunks(self) -> Iterator[tuple[slice, Self]]:
+    def chunks(self, elements: int = _CHUNK) -> Iterator[tuple[slice, Self]]:
         """Blocks of examples whose explicit rows are small."""
         p, m = self.matrix_shape
-        step = max(1, _CHUNK // max(1, self.shape[1] * p * m))
+        step = max(1, elements // max(1, self.shape[1] * p * m))
         for start in range(0, self.shape[0], step):
             where = slice(start, start + step)
             yield where, self.part(where)
 
-    def _each(self, function: Callable[[Tensor], Tensor]) -> Self:
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(
-            self, **{k: function(v) for k, v in tensors.items() if isinstance(v, Tensor)}
-        )
+    def each(self, function: Callable[[Any], Any]) -> Self:
+        """Return the rows with a function applied to every tensor."""
+        held = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: function(v) for k, v in held.items() if not isinstance(v, int)})
 
 
 @dataclass(frozen=True)
@@ -195,8 +197,8 @@ class Mixed(_Rows):
         """Tokens as examples, ``(B·T, 1)``; one row an example."""
         return mixed(part.split(tokens) for part in self.parts)
 
-    def _each(self, function: Callable[[Tensor], Tensor]) -> Mixed:
-        return mixed(part._each(function) for part in self.parts)
+    def each(self, function: Callable[[Any], Any]) -> Mixed:
+        return mixed(part.each(function) for part in self.parts)
 
 
 Rows = Explicit | Factored | Grouped | Indexed | Mixed
@@ -226,6 +228,19 @@ def stack(pulls: Sequence[Rows]) -> Rows:
         parts = zip(*(pull.parts for pull in pulls), strict=True)  # type: ignore[union-attr]
         return mixed(stack(part) for part in parts)
     return replace(first, values=torch.cat([pull.values for pull in pulls], dim=1))
+
+
+def unstack(rows: Rows) -> Rows:
+    """Every row as an example of its own, ``(B·K, 1)``."""
+    k = rows.shape[1]
+    if isinstance(rows, Mixed):
+        return mixed(unstack(part) for part in rows.parts)
+    held: dict[str, Any] = {
+        f.name: getattr(rows, f.name).repeat_interleave(k, dim=0)
+        for f in fields(rows)
+        if f.name in ("a", "index")
+    }
+    return replace(rows, values=rows.values.flatten(0, 1).unsqueeze(1), **held)
 
 
 def flat_rows(rows: Sequence[Rows]) -> Tensor:
@@ -336,10 +351,13 @@ def _add_contracted(out: Tensor, x: Rows, y: Factored) -> None:
     short = a.shape[1]
     wide = matrices.permute(1, 0, 2).reshape(ds.shape[1], -1)  # (long, n·k·short)
     result = out.new_empty(m * j, n * k)
-    step = max(1, 2**20 // wide.shape[1])
+    step = min(m * j, max(1, _TILE // wide.shape[1]))
+    buffer = out.new_empty(step, wide.shape[1])
     for start in range(0, m * j, step):
-        part = (ds[start : start + step] @ wide).view(-1, n * k, short)
-        result[start : start + step] = (part @ a[start : start + step].unsqueeze(2)).squeeze(2)
+        where = slice(start, min(start + step, m * j))
+        tile = torch.mm(ds[where], wide, out=buffer[: where.stop - start])
+        part = tile.view(-1, n * k, short).mul_(a[where].unsqueeze(1))
+        torch.sum(part, 2, out=result[where])
     out += result.T.view(n, k, m, j)
 
 

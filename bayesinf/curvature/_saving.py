@@ -29,7 +29,8 @@ _BASES: dict[str, Basis] = {
 def save_curvature(curvature: Curvature, path: str | os.PathLike[str]) -> None:
     """Write ``factors.safetensors`` and ``curvature.json`` into the folder ``path``.
 
-    The JSON is written last and atomically, so that a folder with one is complete.
+    The JSON is written last and atomically (one that is there goes first), so that a folder with
+    one is complete.
     """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
@@ -46,6 +47,7 @@ def save_curvature(curvature: Curvature, path: str | os.PathLike[str]) -> None:
         "shapes": {name: list(shape) for name, shape in curvature.shapes.items()},
         "info": curvature.info,
     }
+    (folder / "curvature.json").unlink(missing_ok=True)  # it would describe other tensors
     _replace(folder / "factors.safetensors", lambda file: save_file(tensors, file))
     _replace(folder / "curvature.json", lambda file: file.write_text(json.dumps(described)))
 
@@ -78,15 +80,19 @@ def load_curvature(
     try:
         described = json.loads((folder / "curvature.json").read_text())
         tensors = load_file(folder / "factors.safetensors", device=str(device))
-    except (json.JSONDecodeError, SafetensorError, FileNotFoundError) as reason:
+        if described["format"] != _FORMAT:
+            raise ValueError(
+                f"the curvature in {os.fspath(path)!r} has format {described['format']}, and this "
+                f"version reads format {_FORMAT}. Fit and save it again."
+            )
+        return _assemble(described, tensors)
+    except (KeyError, TypeError, json.JSONDecodeError, SafetensorError, OSError) as reason:
         raise ValueError(
             f"the curvature in {os.fspath(path)!r} is damaged ({reason}). Fit and save it again."
         ) from reason
-    if described["format"] != _FORMAT:
-        raise ValueError(
-            f"the curvature in {os.fspath(path)!r} has format {described['format']}, and this "
-            f"version reads format {_FORMAT}. Fit and save it again."
-        )
+
+
+def _assemble(described: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Curvature:
     blocks = []
     for i, held in enumerate(described["blocks"]):
         own = {

@@ -71,12 +71,9 @@ def contribution(
 
 
 def expand_shared_index(index: Tensor, size: int) -> Tensor:
-    """Repeat the index of an embedding that a whole batch shares (positions) for every example."""
-    if size > 1 and index.shape[0] == 1 and index.ndim > 1:
-        return index.expand(size, *index.shape[1:])
-    if index.ndim == 1 and index.shape[0] != size:
-        return index.expand(size, *index.shape)
-    return index
+    """Repeat an index ``(T,)`` or ``(1, T)`` that a whole batch shares for every example."""
+    index = index.unsqueeze(0) if index.ndim == 1 else index
+    return index.expand(size, *index.shape[1:])
 
 
 def _by_example(layer: Layer, x: Tensor, size: int) -> Tensor:

@@ -135,7 +135,7 @@ class GradientSource:
     def _token_losses(self, record: Record, batch: Batch) -> list[Rows]:
         part = require(self.task.likelihood, "token_losses", "tokens='loss'")
         with torch.enable_grad():
-            losses = part(record.outputs, batch[1])
+            losses = part(record.outputs, batch[1]).flatten(1)
         count = losses.shape[1]
         pulls = [record.pull(losses[:, t].sum(), keep=t < count - 1) for t in range(count)]
         return [stack(layer) for layer in zip(*pulls, strict=True)]
