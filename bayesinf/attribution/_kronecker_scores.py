@@ -13,7 +13,7 @@ from bayesinf.attribution._pairwise import Attribution, require_damping, score
 from bayesinf.attribution._scoring import Options, Scoring, resolve
 from bayesinf.curvature._accounting import Costs
 from bayesinf.curvature._curvature import Curvature, Damping
-from bayesinf.curvature._fit import Fisher, Form, fit_curvature
+from bayesinf.curvature._fit import Fisher, Form, choose_forms, fit_curvature
 from bayesinf.curvature._saving import load_curvature, save_curvature
 from bayesinf.curvature._sources import GradientSource
 
@@ -88,7 +88,10 @@ def fitted(
     if cache is not None and (cache / "curvature.json").exists():
         held = load_curvature(cache, device=task.device)
         held.require_task(task)
-        if held.info["fisher"] == fisher and held.info.get("seed", seed) == seed:
+        wanted = task.fingerprint()
+        same = all(held.info.get(key) == wanted[key] for key in ("train", "likelihood"))
+        same &= held.info["fisher"] == fisher and held.info.get("seed", seed) == seed
+        if same and choose_forms(held.layers, form) == {b.layer.name: b.form for b in held.blocks}:
             return held
     found = fit_curvature(
         task, fisher=fisher, form=form, seed=seed, batch_size=options.batch_size, costs=costs

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bayesinf._likelihoods import require
 from bayesinf._task import Task
+from bayesinf.attribution._scores import text_labels
 from bayesinf.curvature._sources import Tokens, token_grid
 
 __all__ = ["Labels", "make_labels"]
@@ -63,7 +64,7 @@ class Labels:
 
     def coords(self) -> dict[str, Any]:
         """Coordinates of the dimension; ids as Zarr has a specification for them."""
-        ids = self.ids.astype(np.dtypes.StringDType()) if self.ids.dtype.kind in "UO" else self.ids
+        ids = text_labels(self.ids)
         if self.masks is None:
             return {self.split: ids}
         found = {self.split: (self.dim, ids), f"{self.split}_position": (self.dim, self.position)}
@@ -87,10 +88,12 @@ def make_labels(task: Task, split: str, tokens: Tokens | None, batch_size: int) 
         return Labels(split, data.ids, np.arange(len(data) + 1))
     masks: list[np.ndarray] = []
     ids: list[np.ndarray] = []
+    found: Tensor | None
     for _, batch in data.batches(batch_size):
         if tokens == "loss":
             mask = require(task.likelihood, "token_mask", "tokens='loss'")(batch[1])
-            found: Tensor | None = batch[1]
+            _require_tokens(mask)
+            mask, found = mask.flatten(1), batch[1].flatten(1)
         else:
             mask, found = token_grid(batch)
         mask = mask.cpu().numpy().astype(bool)
@@ -106,3 +109,11 @@ def make_labels(task: Task, split: str, tokens: Tokens | None, batch_size: int) 
         np.concatenate([np.flatnonzero(mask) for mask in masks]),
         np.concatenate(ids) if ids else None,
     )
+
+
+def _require_tokens(mask: Tensor) -> None:
+    if mask.ndim < 2:
+        raise ValueError(
+            f"tokens by 'loss' need one loss a token, (B, T, …); targets here are "
+            f"{tuple(mask.shape)}, one an example. Leave train_tokens= and query_tokens= out."
+        )

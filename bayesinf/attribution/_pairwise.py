@@ -23,8 +23,16 @@ from bayesinf.attribution._scores import label_scores
 from bayesinf.attribution._scoring import Options
 from bayesinf.attribution._sinks import MatrixSink, Sink, StoreSink, TopSink
 from bayesinf.curvature._accounting import Costs
-from bayesinf.curvature._rows import Explicit, Factored, Rows, gram, inner, squared_norms
-from bayesinf.curvature._sources import GradientSource, Tokens
+from bayesinf.curvature._rows import (
+    Explicit,
+    Factored,
+    Rows,
+    gram,
+    inner,
+    squared_norms,
+    unstack,
+)
+from bayesinf.curvature._sources import GradientSource, Tokens, token_grid
 
 __all__ = ["Attribution", "require_damping", "score"]
 
@@ -241,6 +249,7 @@ def _stored(rows: list[Rows], options: Options, errors: dict[str, list[float]]) 
     """Query gradients as they are kept, with the relative error of that."""
     if options.query_rank is not None:
         rank = options.query_rank
+        rows = [unstack(layer) for layer in rows]
         rows = _approximated(rows, lambda x: _low_rank(x, rank), "query_rank_error", errors)
     dtype = options.gradient_dtype
     if dtype is not None:
@@ -285,7 +294,11 @@ def _slices(task: Task, split: str, options: Options) -> Iterator[slice]:
     query = split == "query"
     tokens = options.query_tokens if query else options.train_tokens
     elements = _QUERY_ELEMENTS if query else _TRAIN_ELEMENTS
-    rows = 1 if tokens is None or (tokens == "position" and not query) else _length(task, split)
+    rows = (
+        1
+        if tokens is None or (tokens == "position" and not query)
+        else _length(task, split, tokens)
+    )
     most = options.query_batch_size if query else options.batch_size
     size = max(1, elements // (task.dimension * rows))
     size = min(size, most or size)
@@ -294,10 +307,7 @@ def _slices(task: Task, split: str, options: Options) -> Iterator[slice]:
         yield slice(start, min(start + size, n))
 
 
-def _length(task: Task, split: str) -> int:
+def _length(task: Task, split: str, tokens: Tokens) -> int:
     """Tokens of an example."""
-    inputs, target = task.examples(split).batch(slice(0, 1))
-    first = inputs.get("input_ids", target) if isinstance(inputs, dict) else inputs
-    first = first[0] if isinstance(first, tuple) else first
-    assert isinstance(first, Tensor)
-    return int(first.shape[1])
+    batch = task.examples(split).batch(slice(0, 1))
+    return int(batch[1].numel() if tokens == "loss" else token_grid(batch)[0].numel())

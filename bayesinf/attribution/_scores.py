@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-__all__ = ["METHODS", "Method", "finite", "label_scores", "make_scores", "register"]
+__all__ = ["METHODS", "Method", "finite", "label_scores", "make_scores", "register", "text_labels"]
 
 ESTIMANDS = ("influence", "similarity")
 
@@ -91,7 +91,7 @@ def make_scores(
             raise ValueError(f"{name} must have shape (query, train) = {shape}; got {array.shape}.")
     return label_scores(
         {name: (("query", "train"), array) for name, array in arrays.items()},
-        {"query": _labels(query), "train": _labels(train)},
+        {"query": text_labels(query), "train": text_labels(train)},
         method,
         estimand,
         attrs or {},
@@ -147,7 +147,7 @@ def _not_finite(name: str, array: xr.DataArray) -> str:
     )
 
 
-def _labels(ids: np.ndarray) -> np.ndarray:
+def text_labels(ids: np.ndarray) -> np.ndarray:
     """Ids as Zarr has a specification for them: text of variable length."""
     return ids.astype(np.dtypes.StringDType()) if ids.dtype.kind in "UO" else ids
 

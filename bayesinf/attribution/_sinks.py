@@ -13,11 +13,11 @@ import zarr
 
 from bayesinf._layout import identity
 from bayesinf.attribution._labels import Labels
-from bayesinf.attribution._scores import finite, label_scores
+from bayesinf.attribution._scores import finite, label_scores, text_labels
 
 __all__ = ["MatrixSink", "Sink", "StoreSink", "TopSink"]
 
-_SIDES = np.array(["helpful", "harmful"])
+_SIDES = text_labels(np.array(["helpful", "harmful"]))
 
 
 class Sink(Protocol):
@@ -61,7 +61,7 @@ class MatrixSink:
         arrays: dict[str, Any] = {"influence": (dims, self.values.sum(0))}
         if self.modules is not None:
             arrays["influence_by_module"] = (("module", *dims), self.values)
-            coords["module"] = np.array(self.modules)
+            coords["module"] = text_labels(np.array(self.modules))
         return label_scores(arrays, coords, method, estimand, attrs)
 
 
@@ -163,7 +163,7 @@ class StoreSink:
             )
         dims, coords = axes(self.query, self.train)
         if self.modules is not None:
-            coords["module"] = np.array(self.modules)
+            coords["module"] = text_labels(np.array(self.modules))
         xr.Dataset(coords=coords).to_zarr(self._scores, mode="w", consolidated=False)
         group = zarr.open_group(self._scores, mode="r+")
         shape = (self.query.size, self.train.size)

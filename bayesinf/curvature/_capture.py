@@ -189,7 +189,9 @@ class Capture:
         """Run a batch forward and return what the layers saw."""
         outputs = self._forward(batch)
         if self._lengths and self._shared is None:
+            calls, expanded = self._calls, self.expanded
             self._shared = self._find_shared()
+            self._calls, self.expanded = calls, expanded
             outputs = self._forward(batch) if self._shared else outputs
         return Record(self, batch, outputs, self._calls)
 

@@ -37,7 +37,7 @@ from bayesinf.curvature._layers import Layer
 from bayesinf.curvature._rows import Rows, squared_norms
 from bayesinf.curvature._spool import Spool
 
-__all__ = ["Fisher", "Form", "Sequence", "fit_curvature"]
+__all__ = ["Fisher", "Form", "Sequence", "choose_forms", "fit_curvature"]
 
 Fisher = Literal["enumerated", "sampled", "empirical"]
 Form = Literal["ekfac", "kfac", "diagonal", "dense", "identity"]
@@ -121,11 +121,12 @@ def fit_curvature(
     """
     _require_choice("fisher", fisher, Fisher)
     _require_choice("sequence", sequence, Sequence)
-    if not isinstance(draws, int) or draws < 1:
-        raise ValueError(f"draws must be a positive number of labels an example; got {draws!r}.")
+    for name, number in (("draws", draws), ("batch_size", batch_size), ("max_factor", max_factor)):
+        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+            raise ValueError(f"{name} must be a positive integer; got {number!r}.")
     costs = costs if costs is not None else Costs()
     layers = find_layers(task, costs)
-    forms = _forms(layers, form)
+    forms = choose_forms(layers, form)
     with ExitStack() as stack:
         capture = stack.enter_context(Capture(task, layers, costs))
         two = "ekfac" in forms.values() and task.device.type == "cpu"
@@ -145,11 +146,12 @@ def fit_curvature(
         if corrected:
             with costs.stage("eigenvalue correction"):
                 _correct(task, blocks, corrected, passes)
+    fingerprint = task.fingerprint()
     info = {
         "fisher": fisher,
         "sequence": sequence,
         "n": task.n,
-        "checkpoint": task.fingerprint()["checkpoint"],
+        **{key: fingerprint[key] for key in ("checkpoint", "train", "likelihood")},
         **({"draws": draws, "seed": seed} if fisher == "sampled" else {}),
     }
     return Curvature(tuple(blocks), {k: tuple(p.shape) for k, p in task.params.items()}, info)
@@ -287,7 +289,7 @@ class _Passes:
             yield torch.cat(drawn)
 
 
-def _forms(layers: tuple[Layer, ...], form: Form | Mapping[str, Form]) -> dict[str, Form]:
+def choose_forms(layers: tuple[Layer, ...], form: Form | Mapping[str, Form]) -> dict[str, Form]:
     """The form of every layer's block."""
     chosen = dict(form) if isinstance(form, Mapping) else {}
     for value in chosen.values() if isinstance(form, Mapping) else [form]:

@@ -73,6 +73,8 @@ class KroneckerSums:
         rows, columns = layer.shape[0] // layer.groups, layer.shape[1]
         like = torch.zeros((), dtype=torch.float64, device=task.device)
         index = layer.kind == "embedding"
+        module = task.module.get_submodule(layer.sites[0]) if index else None
+        self.padding = getattr(module, "padding_idx", None)
         self.layer, self.sequence = layer, sequence
         self.a = _Side(columns, columns > max_factor, layer.groups, like)
         self.s = _Side(rows, index or rows > max_factor, layer.groups, like)
@@ -104,7 +106,7 @@ class KroneckerSums:
         self, rows: Factored | Grouped, mask: Tensor | None, weight: float, first: bool
     ) -> None:
         a, ds = rows.a, rows.values.squeeze(1)  # (B, T, …)
-        keep = mask if mask is not None and mask.shape == a.shape[:2] else None
+        keep = _of_calls(mask, a.shape[:2])
         count = a.shape[0] * a.shape[1] if keep is None else int(keep.sum())
         if self.sequence == "reduce":
             count, ds = a.shape[0], ds.sum(1, keepdim=True)
@@ -118,8 +120,12 @@ class KroneckerSums:
 
     def _add_indexed(self, rows: Indexed, mask: Tensor | None, weight: float, first: bool) -> None:
         index, ds = rows.index, rows.values.squeeze(1)
-        if mask is not None and mask.shape == index.shape:
-            index, ds = index[mask], ds[mask]
+        keep = _of_calls(mask, index.shape)
+        if self.padding is not None:
+            words = index != self.padding
+            keep = words if keep is None else keep & words
+        if keep is not None:
+            index, ds = index[keep], ds[keep]
         if first:
             self.positions += index.numel()
             self.s.total += torch.bincount(index.flatten(), minlength=rows.size)
@@ -137,6 +143,13 @@ class KroneckerSums:
         """``(B, N, g, size)`` as ``(B·N, g, size)``, without ``g`` where there is one group."""
         x = x.flatten(0, 1)
         return x.squeeze(1) if self.layer.groups == 1 else x
+
+
+def _of_calls(mask: Tensor | None, shape: torch.Size) -> Tensor | None:
+    """The mask of positions ``(B, c·T)`` of ``c`` calls; ``None`` if they are others."""
+    if mask is None or mask.shape[0] != shape[0] or shape[1] % mask.shape[1]:
+        return None
+    return mask.repeat(1, shape[1] // mask.shape[1])
 
 
 def _mean(a: Tensor, keep: Tensor | None) -> Tensor:
