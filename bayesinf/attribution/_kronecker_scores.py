@@ -46,7 +46,7 @@ def kronecker_scores(
     method = Attribution(
         form,
         "influence",
-        lambda rows: [b.precondition(r) for b, r in zip(inverse.blocks, rows, strict=True)],
+        inverse.precondition,
         -1 / task.n,
         attrs={
             "damping": lam,

@@ -49,7 +49,7 @@ class Attribution:
     name, estimand
         As in the registry.
     precondition
-        ``M``.
+        ``M``; may overwrite the list that it is given, which frees memory early.
     scale
         ``−1/n`` for influences, ``−1`` for similarities.
     cosine
@@ -107,9 +107,9 @@ def score(
             columns = [train.entries(t) for t in _slices(source.task, "train", options)]
             if all(sink.done(rows, c) for c in columns):
                 continue
-            found = _gradients(source, "query", q, queries, options, query)
-            left = _stored(method.precondition(found), options, errors)
-            norms = squared_norms(found).sqrt() if method.cosine else None
+            left = _gradients(source, "query", q, queries, options, query)
+            norms = squared_norms(left).sqrt() if method.cosine else None
+            left = _stored(method.precondition(left), options, errors)
             kept = _late_mask(query, q, options.query_tokens, source.task.device)
             for t, batch in _blocks(source.task, "train", options):
                 if sink.done(rows, train.entries(t)):
@@ -159,7 +159,7 @@ def _self_scores(
     values = []
     for t, batch in _blocks(source.task, "train", options):
         rows = source.gradients("train", t, batch)
-        found = inner(method.precondition(rows), rows) * method.scale
+        found = inner(method.precondition(list(rows)), rows) * method.scale
         if method.cosine:
             found = found / squared_norms(rows).clamp_min(torch.finfo(found.dtype).tiny)
         values.append(found.detach().cpu().numpy())

@@ -10,7 +10,8 @@ of a ``with`` block. Differentiation runs through a functional call, so ``requir
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from types import TracebackType
 from typing import Any, Self
@@ -29,7 +30,7 @@ from bayesinf.curvature._layers import Layer
 from bayesinf.curvature._rows import Explicit, Factored, Grouped, Indexed, Mixed, Rows, mixed
 from bayesinf.curvature._sites import Call, contribution, expand_shared_index
 
-__all__ = ["Capture", "Record", "each_example", "require_finite"]
+__all__ = ["Capture", "Record", "each_example", "quiet_fallbacks", "require_finite"]
 
 
 Derivatives = tuple[dict[int, Tensor | None], dict[str, Rows]]
@@ -244,6 +245,14 @@ class Capture:
         return hook
 
 
+@contextmanager
+def quiet_fallbacks() -> Iterator[None]:
+    """Without the warnings of ``vmap`` about operations that it runs one by one."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
+        yield
+
+
 def each_example(function: Callable[[Any], Any], examples: Any) -> Any:
     """Apply a function of one example to all: vectorised, or in a loop where that fails.
 
@@ -251,8 +260,7 @@ def each_example(function: Callable[[Any], Any], examples: Any) -> Any:
     wrong with the function raises again in the loop.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
+        with quiet_fallbacks():
             return vmap(function)(examples)
     except (RuntimeError, NotImplementedError):
         count = len(tree_flatten(examples)[0][0])

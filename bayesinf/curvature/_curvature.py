@@ -153,6 +153,12 @@ class Curvature:
     def __matmul__(self, v: Tensor) -> Tensor:
         return multiply(self, v)
 
+    def precondition(self, rows: list[Rows]) -> list[Rows]:
+        """Product with rows, one entry a layer; the entries of the list are replaced in turn."""
+        for i, block in enumerate(self.blocks):
+            rows[i] = block.precondition(rows[i])
+        return rows
+
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
         """``f(C)``: a function applied to the eigenvalues of every block."""
         return replace(self, blocks=tuple(block.map(function) for block in self.blocks))

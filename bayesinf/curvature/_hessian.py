@@ -14,6 +14,7 @@ from torch.func import grad, vjp, vmap
 from bayesinf._data import Batch
 from bayesinf._task import Task
 from bayesinf.curvature._accounting import Costs
+from bayesinf.curvature._capture import quiet_fallbacks
 from bayesinf.curvature._definite import (
     cholesky,
     not_definite,
@@ -51,7 +52,8 @@ def dense_hessian(
             stop = min(start + rows, d)
             basis = flat.new_zeros(stop - start, d)
             basis[:, start:stop].fill_diagonal_(1)
-            matrix[start:stop] += pull(basis)
+            with quiet_fallbacks():
+                matrix[start:stop] += pull(basis)
         if costs is not None:
             size = where.stop - where.start
             costs.forward_examples += size

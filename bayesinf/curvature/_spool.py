@@ -16,7 +16,7 @@ from bayesinf.curvature._rows import Rows
 
 __all__ = ["Spool"]
 
-_MEMORY = 2**26
+_MEMORY = 2**24
 """Bytes beyond which the rows move to a temporary file."""
 
 
