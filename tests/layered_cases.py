@@ -445,7 +445,7 @@ def flat_norm(layer: nn.Module) -> nn.Module:
 
 
 def image_norm(layer: nn.Module) -> nn.Module:
-    return normed(layer, nn.Conv2d(1, 4, 1), 16)
+    return normed(layer, nn.Conv2d(2, 4, 1), 16)
 
 
 def convolutions(*names: str) -> dict[str, str]:
@@ -575,14 +575,14 @@ LAYERED = [
     Layered("rms-norm-gated", Gated, GAUSS, pairs(floats(4), floats(3)),
             {"fc": "linear", "norm.weight": "free", "other.weight": "free"}),
     Layered("group-norm", lambda: image_norm(nn.GroupNorm(2, 4)), CAT,
-            pairs(floats(1, 2, 2), ids(2)), _IMAGE_NORM),
+            pairs(floats(2, 2, 2), ids(2)), _IMAGE_NORM),
     Layered("batch-norm", lambda: flat_norm(nn.BatchNorm1d(4)), CAT, _TWO, _NORM),
     Layered("batch-norm-1d", lambda: normed(nn.BatchNorm1d(4), nn.Conv1d(1, 4, 1), 8), CAT,
             pairs(floats(1, 2), ids(2)), _IMAGE_NORM),
     Layered("batch-norm-2d", lambda: image_norm(nn.BatchNorm2d(4)), CAT,
-            pairs(floats(1, 2, 2), ids(2)), _IMAGE_NORM),
+            pairs(floats(2, 2, 2), ids(2)), _IMAGE_NORM),
     Layered("instance-norm", lambda: image_norm(nn.InstanceNorm2d(4, affine=True)), CAT,
-            pairs(floats(1, 2, 2), ids(2)), _IMAGE_NORM),
+            pairs(floats(2, 2, 2), ids(2)), _IMAGE_NORM),
     Layered("attention", Attention, CAT, pairs(floats(3, 4), ids(2)),
             {"attention.in_proj_weight": "free", "attention.in_proj_bias": "free",
              "attention.out_proj.weight": "free", "attention.out_proj.bias": "free",
