@@ -21,8 +21,10 @@ from bayesinf.curvature import (
     Curvature,
     NotPositiveDefiniteError,
     fit_curvature,
+    gamma_from_damping,
     load_curvature,
     save_curvature,
+    source_damping,
 )
 from bayesinf.evaluation import (
     SGDRecipe,
@@ -65,6 +67,7 @@ __all__ = [
     "diagnose",
     "ekfac",
     "fit_curvature",
+    "gamma_from_damping",
     "gauss_newton",
     "grad_cos",
     "grad_dot",
@@ -83,5 +86,6 @@ __all__ = [
     "sample",
     "save_bank",
     "save_curvature",
+    "source_damping",
     "train_one",
 ]

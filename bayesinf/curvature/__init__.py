@@ -1,6 +1,7 @@
 """Curvature of the training loss, and operators made from it."""
 
 from bayesinf.curvature._curvature import Block, Curvature
+from bayesinf.curvature._damping import gamma_from_damping, source_damping
 from bayesinf.curvature._definite import NotPositiveDefiniteError
 from bayesinf.curvature._find import find_layers
 from bayesinf.curvature._fit import fit_curvature
@@ -16,6 +17,8 @@ __all__ = [
     "dense_hessian",
     "find_layers",
     "fit_curvature",
+    "gamma_from_damping",
     "load_curvature",
     "save_curvature",
+    "source_damping",
 ]

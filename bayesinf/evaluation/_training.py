@@ -88,6 +88,11 @@ class SGDRecipe:
             return self.lr
         return 0.5 * self.lr * (1 + math.cos(math.pi * step / total))
 
+    def learning_rates(self, size: int) -> list[float]:
+        """Learning rates of all steps on a subset of ``size`` examples."""
+        total = self.steps(size)
+        return [self.rate(step, total) for step in range(total)]
+
     def as_dict(self) -> dict[str, Any]:
         """Return the fields, for attrs and stores."""
         return {"optimizer": "sgd", **asdict(self)}
