@@ -156,5 +156,5 @@ def _mean(a: Tensor, keep: Tensor | None) -> Tensor:
     """Mean over the positions that count, ``(B, 1, …)``."""
     if keep is None:
         return a.mean(1, keepdim=True)
-    weights = (keep / keep.sum(1, keepdim=True).clamp_min(1)).to(a)
+    weights = keep.to(a) / keep.sum(1, keepdim=True).clamp_min(1)
     return (a * weights.view(*weights.shape, *[1] * (a.ndim - 2))).sum(1, keepdim=True)
