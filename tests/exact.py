@@ -264,7 +264,8 @@ def _positions(module: nn.Module, layer: Any, values: Tensor) -> Tensor:
     channels = nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.modules.batchnorm._NormBase, nn.GroupNorm
     if isinstance(module, channels) and values.ndim > 2:
         return values.flatten(2).transpose(1, 2)
-    return values.reshape(len(values), -1, layer.shape[0])
+    width = layer.shape[1] if isinstance(module, nn.Embedding) else layer.shape[0]
+    return values.reshape(len(values), -1, width)
 
 
 def _inputs(module: Any, layer: Any, x: Tensor, output: Tensor, n: int) -> Tensor:
