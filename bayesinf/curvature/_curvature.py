@@ -140,7 +140,7 @@ class Curvature:
         sizes = [math.prod(shape) for shape in self.shapes.values()]
         lead = rows.shape[:-1]
         named = {
-            name: part.reshape(*lead, *shape)
+            name: part.reshape((*lead, *shape))
             for (name, shape), part in zip(
                 self.shapes.items(), rows.split(sizes, dim=-1), strict=True
             )

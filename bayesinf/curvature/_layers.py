@@ -101,9 +101,9 @@ class Layer:
             inputs = matrix[..., :-1] if self.bias is not None else matrix
             if self.transposed:
                 inputs = inputs.transpose(-1, -2)
-            named[self.weight] = inputs.reshape(*lead, *self.weight_shape)
+            named[self.weight] = inputs.reshape((*lead, *self.weight_shape))
         if self.bias is not None:
-            named[self.bias] = matrix[..., -1].reshape(*lead, *self.bias_shape)
+            named[self.bias] = matrix[..., -1].reshape((*lead, *self.bias_shape))
         return named
 
 
