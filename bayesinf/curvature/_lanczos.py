@@ -224,6 +224,11 @@ def estimate_spectrum(
         ``M`` times rows ``(1, d)``; the identity if None.
     steps
         Products with ``A``, at most.
+
+    Raises
+    ------
+    ValueError
+        If a product is not finite.
     """
     m = precondition if precondition is not None else lambda rows: rows
     q, z = _normalised(start, m(start))
@@ -242,6 +247,11 @@ def estimate_spectrum(
         q, z = _normalised(w, image)
         residuals.append(q)
         images.append(z)
+    if not np.isfinite([*diagonal, *off]).all():
+        raise ValueError(
+            "a product with the operator or the preconditioner is not finite. Usual causes: NaN "
+            "in the weights or the inputs, or numbers beyond the range of the dtype."
+        )
     t = np.diag(diagonal) + np.diag(off[: len(diagonal) - 1], 1) + np.diag(off[:-1], -1)
     values, vectors = np.linalg.eigh(t)
     return Spectrum(float(values[0]), float(values[-1] + off[-1] * abs(vectors[-1, -1])))
