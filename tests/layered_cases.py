@@ -384,7 +384,7 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """A causal language model; position ids count what is not padding."""
 
-    def __init__(self, kind: str, vocabulary: int = 5, width: int = 2, length: int = 4) -> None:
+    def __init__(self, kind: str, vocabulary: int = 5, width: int = 3, length: int = 4) -> None:
         super().__init__()
         self.words = nn.Embedding(vocabulary, width)
         self.places = nn.Embedding(length, width)

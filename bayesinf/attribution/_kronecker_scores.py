@@ -96,9 +96,10 @@ def fitted(
     found = fit_curvature(
         task, fisher=fisher, form=form, seed=seed, batch_size=options.batch_size, costs=costs
     )
-    if cache is not None:
-        save_curvature(found, cache)
-    return found
+    if cache is None:
+        return found
+    save_curvature(found, cache)
+    return load_curvature(cache, device=task.device)  # as a resumed run will see it, to the bit
 
 
 def require_one_damping(damping: Any, relative_damping: Any) -> None:

@@ -20,6 +20,9 @@ __all__ = ["find_layers"]
 _CHECKED = 16
 """Examples on which captured gradients are compared with autograd's."""
 
+_ROUNDING = 0.1
+"""Relative differences that rounding in float32 can make of a gradient that nearly cancels."""
+
 _MISFITS = (ValueError, RuntimeError, TypeError, IndexError)
 """What shapes or arguments that do not fit a layer's structure end in."""
 
@@ -53,6 +56,8 @@ def find_layers(task: Task, costs: Costs | None = None) -> tuple[Layer, ...]:
     """
     layers = group_parameters(task)
     wrong = _mismatched(task, layers, costs)
+    if all(gap < _ROUNDING for _, gap in wrong):
+        wrong = _confirmed(task, layers, wrong, costs)
     if not wrong:
         return layers
     names = {name for layer, _ in wrong for name in layer.parameters}
@@ -60,7 +65,7 @@ def find_layers(task: Task, costs: Costs | None = None) -> tuple[Layer, ...]:
     kept = [layer for layer in layers if names.isdisjoint(layer.parameters)]
     kept += [free_layer(task, name) for name in names]
     found = tuple(sorted(kept, key=lambda layer: places[layer.parameters[0]]))
-    wrong = _mismatched(task, found, costs)
+    wrong = _confirmed(task, found, _mismatched(task, found, costs), costs)
     if wrong:
         layer, gap = wrong[0]
         raise ValueError(
@@ -109,6 +114,21 @@ def _agree(one: Any, other: Any) -> bool:
 
 def _at(layers: tuple[Layer, ...], sites: set[str]) -> list[tuple[Layer, float]]:
     return [(layer, float("inf")) for layer in layers if not sites.isdisjoint(layer.sites)]
+
+
+def _confirmed(
+    task: Task,
+    layers: tuple[Layer, ...],
+    wrong: list[tuple[Layer, float]],
+    costs: Costs | None,
+) -> list[tuple[Layer, float]]:
+    """What is wrong in float64 too: gradients that all but cancel are rounding in float32."""
+    if not wrong or task.dtype == torch.float64:
+        return wrong
+    try:
+        return _mismatched(task.to(dtype=torch.float64), layers, costs)
+    except _MISFITS:  # a model that insists on its precision
+        return wrong
 
 
 def _mismatched(

@@ -207,7 +207,8 @@ class _Estimate:
         if self.form == "dense":
             values, vectors = torch.linalg.eigh((total + total.T) / 2)
             kept = values.clamp_min(0).view(layer.shape)
-            return Block(layer, self.form, DenseBasis(vectors.to(dtype)), kept.to(dtype))
+            basis = DenseBasis(vectors.to(dtype).contiguous())
+            return Block(layer, self.form, basis, kept.to(dtype))
         if self.form == "identity":
             total = (total / layer.size).expand(layer.shape).contiguous()
         return Block(layer, self.form, StandardBasis(), total.to(dtype))

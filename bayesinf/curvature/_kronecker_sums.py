@@ -99,7 +99,8 @@ class KroneckerSums:
         values = values.reshape(self.layer.groups, -1, self.layer.shape[1])
         scale = self.squares if self.matrices else torch.full_like(self.squares, self.positions)
         scale = n * torch.where(scale > 0, scale, 1.0)
-        basis = KroneckerBasis(*(None if q is None else q.to(self.dtype) for q in (q_s, q_a)))
+        q_s, q_a = (None if q is None else q.to(self.dtype).contiguous() for q in (q_s, q_a))
+        basis = KroneckerBasis(q_s, q_a)
         return basis, (values / scale.view(-1, 1, 1)).reshape(self.layer.shape)
 
     def _add_factored(

@@ -56,7 +56,7 @@ def test_shapes_and_groups():
     assert (tied.sites, tied.parameters, tied.shape) == (
         ("words", "head"),
         ("words.weight",),
-        (5, 2),
+        (5, 3),
     )
 
 
@@ -199,6 +199,36 @@ def test_what_hooks_cannot_see_is_differentiated(model, features, free, dtype):
     outputs = 3 if isinstance(model, type) else 2
     layers = find_layers(task_of(model(), *features, outputs=outputs, dtype=dtype))
     assert {layer.name for layer in layers if layer.kind == "free"} == free
+
+
+class Cancelling(nn.Module):
+    """A scale that the norm after it takes out: its gradient is rounding."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.scale = nn.Linear(3, 3), nn.Parameter(torch.tensor(1.5))
+        self.norm, self.head = nn.LayerNorm(3), nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.head(self.norm(self.fc(x) * self.scale))
+
+
+class OnlySingle(Cancelling):
+    def forward(self, x):
+        if self.scale.dtype == torch.float64:
+            raise TypeError("float32 only")
+        return super().forward(x)
+
+
+def test_gradients_that_cancel_are_checked_in_float64():
+    """In float32 gradients of examples then differ from the batch's by more than the tolerance."""
+    costs = Costs()
+    task = task_of(Cancelling(), 3, dtype=torch.float32)
+    kinds = [layer.kind for layer in find_layers(task, costs)]
+    assert kinds == ["free", "linear", "affine", "linear"]
+    assert costs.forward_examples > 3 * task.n  # looked at more than once
+    with pytest.raises(ValueError, match="layer 'scale': gradients of single examples do not sum"):
+        find_layers(task_of(OnlySingle(), 3, dtype=torch.float32))
 
 
 def test_costs_are_counted():

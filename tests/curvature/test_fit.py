@@ -403,7 +403,7 @@ def test_forms_by_name_and_pattern(monkeypatch):
         blocks = fit_curvature(task, fisher="empirical", form=general).blocks
         assert {b.form for b in blocks if b.layer.name in norms} == {"dense"}
         assert {b.form for b in blocks if b.layer.name not in norms} == {general}
-    monkeypatch.setattr(_fit, "_DENSE", 3)  # "norm" has 2 parameters, "block.norm" 4
+    monkeypatch.setattr(_fit, "_DENSE", 3)  # "norm" has 3 parameters, "block.norm" 6
     blocks = fit_curvature(task, fisher="empirical").blocks
     assert [b.form for b in blocks if b.layer.name in norms] == ["diagonal", "dense"]
     raw = fit_curvature(LAYERED_BY_NAME["raw"].task(), fisher="empirical")
