@@ -8,18 +8,24 @@ from bayesinf._posterior import LocalPosterior
 from bayesinf._sampling import DivergenceError, sample
 from bayesinf._task import Task
 from bayesinf._traces import FailedChainsWarning, StoreError, TraceStore, open_traces
+from bayesinf.attribution._astra import astra
 from bayesinf.attribution._bif import bif
+from bayesinf.attribution._conjugate_gradient import conjugate_gradient
+from bayesinf.attribution._deflated_ekfac import deflated_ekfac
 from bayesinf.attribution._ekfac import ekfac
 from bayesinf.attribution._gauss_newton import gauss_newton
 from bayesinf.attribution._grad_cos import grad_cos
 from bayesinf.attribution._grad_dot import grad_dot
 from bayesinf.attribution._hessian import hessian
 from bayesinf.attribution._kfac import kfac
+from bayesinf.attribution._lissa import lissa
 from bayesinf.attribution._scores import METHODS, make_scores
 from bayesinf.attribution._scoring import Scoring
 from bayesinf.curvature import (
     Curvature,
     NotPositiveDefiniteError,
+    SolverDivergenceError,
+    SolverWarning,
     fit_curvature,
     gamma_from_damping,
     load_curvature,
@@ -59,11 +65,16 @@ __all__ = [
     "RMSpropSGLD",
     "SGDRecipe",
     "Scoring",
+    "SolverDivergenceError",
+    "SolverWarning",
     "StoreError",
     "Task",
     "TraceStore",
     "VectorizationWarning",
+    "astra",
     "bif",
+    "conjugate_gradient",
+    "deflated_ekfac",
     "diagnose",
     "ekfac",
     "fit_curvature",
@@ -76,6 +87,7 @@ __all__ = [
     "lds",
     "lds_difference",
     "lds_table",
+    "lissa",
     "load_curvature",
     "make_scores",
     "noise_ceiling",

@@ -2,7 +2,7 @@
 
 Nothing here was chosen on the evaluation subsets. Classical methods: EK-FAC's and K-FAC's usual
 relative damping (0.1 × the mean eigenvalue of a layer; Grosse et al. 2023); the dense references
-have the damping of the Bayesian ones. These follow a rule in units of the problem:
+and the solvers have the damping of the Bayesian ones. These follow a rule in units of the problem:
 
 * ``n_beta = n``, total damping ``λ = γ/(nβ) + weight decay = 0.1``;
 * step size ``0.3 / (nβ (λ_max + λ))``, with ``λ_max`` the top Hessian eigenvalue of the mean loss
@@ -34,6 +34,7 @@ class BenchmarkMethod:
 
     name: str
     core: bool
+    family: str
     scores: Callable[[bi.Task, BenchmarkTask, dict[str, Any]], xr.Dataset]
 
 
@@ -72,20 +73,48 @@ def _classical(function: Callable[..., xr.Dataset], **options: Any) -> Callable[
     return scores
 
 
+def _form(form: Any) -> Callable[..., xr.Dataset]:
+    def scores(task: bi.Task, benchmark: BenchmarkTask, quick: dict[str, Any]) -> xr.Dataset:
+        curvature = bi.fit_curvature(task, fisher="enumerated", form=form)
+        return bi.ekfac(task, curvature=curvature, relative_damping=0.1)
+
+    return scores
+
+
 _USUAL = {"fisher": "enumerated", "relative_damping": 0.1}
+_SOLVED = {"fisher": "enumerated", "damping": DAMPING}
 
 METHODS = (
-    BenchmarkMethod("BIF, tilted SGLD", True, _bif("sgld", "tilted")),
-    BenchmarkMethod("EK-FAC", True, _classical(bi.ekfac, **_USUAL)),
-    BenchmarkMethod("K-FAC", True, _classical(bi.kfac, **_USUAL)),
-    BenchmarkMethod("GradDot", True, _classical(bi.grad_dot)),
-    BenchmarkMethod("BIF, plain SGLD", False, _bif("sgld", "plain")),
-    BenchmarkMethod("BIF, tilted RMSprop-SGLD", False, _bif("rmsprop", "tilted")),
-    BenchmarkMethod("BIF, plain RMSprop-SGLD", False, _bif("rmsprop", "plain")),
+    BenchmarkMethod("BIF, tilted SGLD", True, "bayesian", _bif("sgld", "tilted")),
+    BenchmarkMethod("EK-FAC", True, "classical", _classical(bi.ekfac, **_USUAL)),
+    BenchmarkMethod("K-FAC", True, "classical", _classical(bi.kfac, **_USUAL)),
+    BenchmarkMethod("GradDot", True, "classical", _classical(bi.grad_dot)),
+    BenchmarkMethod("BIF, plain SGLD", False, "bayesian", _bif("sgld", "plain")),
+    BenchmarkMethod("BIF, tilted RMSprop-SGLD", False, "bayesian", _bif("rmsprop", "tilted")),
+    BenchmarkMethod("BIF, plain RMSprop-SGLD", False, "bayesian", _bif("rmsprop", "plain")),
     BenchmarkMethod(
-        "normalised BIF, tilted SGLD", False, _bif("sgld", "tilted", normalize="correlation")
+        "normalised BIF, tilted SGLD",
+        False,
+        "bayesian",
+        _bif("sgld", "tilted", normalize="correlation"),
     ),
-    BenchmarkMethod("GradCos", False, _classical(bi.grad_cos)),
-    BenchmarkMethod("Gauss–Newton, dense", False, _classical(bi.gauss_newton, damping=DAMPING)),
-    BenchmarkMethod("Hessian, dense", False, _classical(bi.hessian, damping=DAMPING)),
+    BenchmarkMethod("GradCos", False, "classical", _classical(bi.grad_cos)),
+    BenchmarkMethod("diagonal Fisher", False, "classical", _form("diagonal")),
+    BenchmarkMethod(
+        "EK-FAC, λ of the solvers", False, "classical", _classical(bi.ekfac, **_SOLVED)
+    ),
+    BenchmarkMethod(
+        "EK-FAC, deflated", False, "classical", _classical(bi.deflated_ekfac, **_SOLVED)
+    ),
+    BenchmarkMethod(
+        "conjugate gradients", False, "classical", _classical(bi.conjugate_gradient, **_SOLVED)
+    ),
+    BenchmarkMethod("ASTRA", False, "classical", _classical(bi.astra, **_SOLVED)),
+    BenchmarkMethod(
+        "LiSSA", False, "classical", _classical(bi.lissa, damping=DAMPING, iterations=50)
+    ),
+    BenchmarkMethod(
+        "Gauss–Newton, dense", False, "classical", _classical(bi.gauss_newton, damping=DAMPING)
+    ),
+    BenchmarkMethod("Hessian, dense", False, "classical", _classical(bi.hessian, damping=DAMPING)),
 )

@@ -55,7 +55,9 @@ class Attribution:
     cosine
         Divide by the norms of both gradients.
     attrs
-        The method's own; those named in ``identity`` identify a store.
+        The method's settings; they identify a store.
+    report
+        What the method learns as it works, to be recorded with the scores.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Attribution:
     scale: float
     cosine: bool = False
     attrs: dict[str, Any] = field(default_factory=dict)
+    report: dict[str, Any] = field(default_factory=dict)
 
 
 def score(
@@ -183,6 +186,7 @@ def _attrs(
         **options.attrs(),
         **costs.attrs(),
         **method.attrs,
+        **method.report,
         **more,
     }
 

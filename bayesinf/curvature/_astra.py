@@ -88,7 +88,7 @@ def astra(
         If minibatches are wanted of an operator that has none.
     NotPositiveDefiniteError
         If the estimated spectrum reaches 0 or below.
-    DivergenceError
+    SolverDivergenceError
         If the iterates grow, with the step below which they would not.
 
     Warns

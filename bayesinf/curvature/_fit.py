@@ -207,8 +207,8 @@ class _Estimate:
         if self.form == "dense":
             values, vectors = torch.linalg.eigh((total + total.T) / 2)
             kept = values.clamp_min(0).view(layer.shape)
-            basis = DenseBasis(vectors.to(dtype).contiguous())
-            return Block(layer, self.form, basis, kept.to(dtype))
+            dense = DenseBasis(vectors.to(dtype).contiguous())
+            return Block(layer, self.form, dense, kept.to(dtype))
         if self.form == "identity":
             total = (total / layer.size).expand(layer.shape).contiguous()
         return Block(layer, self.form, StandardBasis(), total.to(dtype))

@@ -30,8 +30,8 @@ from bayesinf.curvature._lanczos import Spectrum, estimate_spectrum
 from bayesinf.curvature._operator import SymmetricOperator
 from bayesinf.curvature._solvers import (
     DampedSystem,
-    DivergenceError,
     Solution,
+    SolverDivergenceError,
     indefinite,
     relative,
     require_examples,
@@ -215,14 +215,14 @@ class FixedPoint:
     def _require_bounded(
         self, residual: Tensor, first: Tensor, schedule: Schedule, done: int
     ) -> None:
-        """Raise :class:`DivergenceError` if a residual has grown out of proportion."""
+        """Raise :class:`SolverDivergenceError` if a residual has grown out of proportion."""
         if bool((residual <= _GROWTH * (1 + first)).all()):
             return
         worst = float(residual.max())
         grown = f"the residual grew to {worst:.3g} of the right-hand side in {done} iterations"
         if schedule.step is None:
             assert schedule.spectrum is not None
-            raise DivergenceError(
+            raise SolverDivergenceError(
                 f"{grown}: the spectrum of (P + λ)⁻¹(C + λI) reaches beyond the "
                 f"{schedule.spectrum.high:.4g} that Chebyshev's steps assume. Pass a wider "
                 f"spectrum=({schedule.spectrum.low:.3g}, {2 * schedule.spectrum.high:.3g}), or "
@@ -230,7 +230,7 @@ class FixedPoint:
                 None,
             )
         stable = self._stable(schedule.momentum, self._spectrum())
-        raise DivergenceError(
+        raise SolverDivergenceError(
             f"{grown} with step={schedule.step:.4g} and momentum={schedule.momentum:g}. Steps "
             f"below {stable:.4g} are stable here; step=None chooses one.",
             stable,

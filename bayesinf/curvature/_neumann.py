@@ -71,7 +71,7 @@ def neumann(
         If minibatches are wanted of an operator that has none.
     NotPositiveDefiniteError
         If the estimated spectrum reaches 0 or below.
-    DivergenceError
+    SolverDivergenceError
         If the iterates grow, with the step below which they would not.
 
     Warns

@@ -18,14 +18,14 @@ from bayesinf.curvature._definite import NotPositiveDefiniteError
 from bayesinf.curvature._operator import SymmetricOperator
 from bayesinf.curvature._products import FiniteMean
 
-__all__ = ["DampedSystem", "DivergenceError", "Solution", "SolverWarning"]
+__all__ = ["DampedSystem", "Solution", "SolverDivergenceError", "SolverWarning"]
 
 
 class SolverWarning(UserWarning):
     """A solver stopped before the residuals were as small as asked."""
 
 
-class DivergenceError(ArithmeticError):
+class SolverDivergenceError(ArithmeticError):
     """The iterates of a solver grow without bound.
 
     Attributes

@@ -16,7 +16,7 @@ from bayesinf.curvature._lanczos import Spectrum
 from bayesinf.curvature._neumann import neumann
 from bayesinf.curvature._operator import multiply
 from bayesinf.curvature._products import GaussNewtonProduct, HessianProduct
-from bayesinf.curvature._solvers import DivergenceError, SolverWarning
+from bayesinf.curvature._solvers import SolverDivergenceError, SolverWarning
 from tests import exact
 from tests.layered_cases import LAYERED_BY_NAME
 
@@ -380,7 +380,9 @@ def test_a_step_that_is_too_large_is_told_from_one_that_is_not(momentum, rng):
     matrix, rhs = spread(rng, low=0.5), normal(rng, 2, 30)
     limit = 2 * (1 + momentum) / (10 + DAMPING)
     options = {"damping": DAMPING, "preconditioner": Dense(torch.eye(30)), "momentum": momentum}
-    with pytest.raises(DivergenceError, match=r"Steps below 0\.\d+ are stable here") as caught:
+    with pytest.raises(
+        SolverDivergenceError, match=r"Steps below 0\.\d+ are stable here"
+    ) as caught:
         astra(Dense(matrix), rhs, step=1.05 * limit, iterations=2000, **options)
     assert caught.value.stable_step == pytest.approx(limit, rel=0.01)
     solution = astra(Dense(matrix), rhs, step=0.95 * limit, iterations=2000, **options)
@@ -388,7 +390,9 @@ def test_a_step_that_is_too_large_is_told_from_one_that_is_not(momentum, rng):
 
 
 def test_a_spectrum_that_is_too_narrow(rng):
-    with pytest.raises(DivergenceError, match=r"reaches beyond the 3 .*wider spectrum=\(0\.5, 6\)"):
+    with pytest.raises(
+        SolverDivergenceError, match=r"reaches beyond the 3 .*wider spectrum=\(0\.5, 6\)"
+    ):
         astra(
             Dense(spread(rng, low=0.5)), normal(rng, 2, 30), damping=DAMPING,
             preconditioner=Dense(torch.eye(30)), spectrum=(0.5, 3.0),
@@ -494,7 +498,7 @@ def test_minibatches_of_a_network_reach_their_tolerance(network):
 
 def test_minibatches_that_diverge(rng):
     operator, _ = minibatched(rng)
-    with pytest.raises(DivergenceError, match="stable here") as caught:
+    with pytest.raises(SolverDivergenceError, match="stable here") as caught:
         neumann(operator, normal(rng, 2, 6), damping=0.5, step=1.0, batch_size=4)
     with pytest.warns(SolverWarning, match="right-hand sides missed"):
         neumann(
