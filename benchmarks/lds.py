@@ -26,6 +26,13 @@ from benchmarks.tasks import TASKS, BenchmarkTask, get_task
 
 __all__ = ["main", "run"]
 
+_REFUSALS = (
+    ValueError,
+    MemoryError,
+    NotImplementedError,
+    bi.DivergenceError,
+    bi.SolverDivergenceError,
+)
 _HEADER = (
     "method",
     "LDS [95 %]",
@@ -73,7 +80,7 @@ def run(
             with measured() as cost, warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 scores[method.name] = method.scores(task, benchmark, quick or {})
-        except (ValueError, MemoryError, NotImplementedError, ArithmeticError) as error:
+        except _REFUSALS as error:
             refused[method.name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
             continue
         costs[method.name] = cost
