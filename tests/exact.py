@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
 import bayesinf as bi
@@ -161,7 +162,8 @@ def loss_hessian(task: bi.Task) -> Tensor:
     def mean_loss(flat: Tensor) -> Tensor:
         return task.losses(task.unflatten(flat), batch).mean()
 
-    return torch.autograd.functional.hessian(mean_loss, task.flatten(task.params))
+    with sdpa_kernel(SDPBackend.MATH):
+        return torch.autograd.functional.hessian(mean_loss, task.flatten(task.params))
 
 
 def influence(

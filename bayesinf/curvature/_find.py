@@ -147,9 +147,12 @@ def _mismatched(
             if not capture.expanded:
                 raise
             return _at(layers, capture.expanded)
-        if capture.expanded and not _agree(record.outputs, task.outputs(task.params, batch)):
-            return _at(layers, capture.expanded)
+        if capture.expanded:
+            capture.costs.forward_examples += count
+            if not _agree(record.outputs, task.outputs(task.params, batch)):
+                return _at(layers, capture.expanded)
         _require_own(task, record.outputs, batch)
+        capture.costs.forward_examples += count // 2
         with torch.enable_grad():
             losses = task.likelihood.loss(record.outputs, batch[1])
             weights = torch.linspace(0.5, 1.5, count, dtype=losses.dtype, device=losses.device)

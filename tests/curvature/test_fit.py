@@ -369,7 +369,7 @@ def test_costs_count_passes_and_seconds():
     task, costs = LAYERED_BY_NAME["mlp-categorical"].task(), Costs()
     fit_curvature(task, fisher="enumerated", costs=costs)
     check, n, classes = 8, 8, 3
-    assert costs.forward_examples == check + n
+    assert costs.forward_examples == check + check // 2 + n
     assert costs.backward_examples == check + n * classes
     assert set(costs.seconds) == {"covariance", "eigendecomposition", "eigenvalue correction"}
     assert all(spent > 0 for spent in costs.seconds.values())
