@@ -22,7 +22,7 @@ from bayesinf._likelihoods import require
 from bayesinf._task import Task
 from bayesinf.curvature._accounting import Costs
 from bayesinf.curvature._definite import cholesky, require_memory, smallest_eigenvalue
-from bayesinf.curvature._rows import Explicit, Factored, Rows, concatenate, gram
+from bayesinf.curvature._rows import Explicit, Factored, Rows, concatenate, gram, widen
 from bayesinf.curvature._sources import GradientSource
 
 __all__ = ["DenseInverse", "ExampleSpaceInverse", "fit_gauss_newton"]
@@ -130,7 +130,7 @@ def fit_gauss_newton(
     if solver not in SOLVERS:
         raise ValueError(f"solver must be one of {SOLVERS}; got {solver!r}.")
     costs = costs if costs is not None else Costs()
-    d, count, explicit = task.dimension, *_example_space(task, source)
+    d, count, explicit = task.dimension, *_example_space(task, source, batch_size)
     if solver == "auto":
         solver = "woodbury" if count < d and damping > 0 else "dense"
     if solver == "woodbury" and damping == 0:
@@ -147,10 +147,10 @@ def fit_gauss_newton(
     return _example_space_inverse(task, source, damping, batch_size, costs)
 
 
-def _example_space(task: Task, source: GradientSource) -> tuple[int, int]:
+def _example_space(task: Task, source: GradientSource, batch_size: int) -> tuple[int, int]:
     """Number of rows ``N = n·K``, and the width of what must be stored explicitly."""
     factor = require(task.likelihood, "fisher_factor", "the Gauss–Newton matrix")
-    first = task.train.batch(slice(0, 1))
+    first = task.train.batch(slice(0, batch_size))
     with torch.no_grad():
         k = len(factor(task.outputs(task.params, first), first[1]))
     rows = source.curvature_rows(slice(0, 1), task.train.batch(slice(0, 1)))
@@ -182,7 +182,10 @@ def _example_space_inverse(
         blocks = [
             source.curvature_rows(where, batch) for where, batch in task.train.batches(batch_size)
         ]
-        rows = tuple(concatenate(layer) for layer in zip(*blocks, strict=True))
+        k = max(block[0].shape[1] for block in blocks)  # unequal where tokens are left out
+        rows = tuple(
+            concatenate([widen(part, k) for part in layer]) for layer in zip(*blocks, strict=True)
+        )
         del blocks
         matrix = gram(rows, rows).div_(task.n)
     with costs.stage("factorization"):

@@ -27,6 +27,7 @@ from torch import Tensor
 __all__ = [
     "Explicit", "Factored", "Grouped", "Indexed", "Mixed", "Rows", "concatenate", "flat_rows",
     "gram", "inner", "mixed", "squared_norms", "stack", "unstack",
+    "widen",
 ]  # fmt: skip
 
 _CHUNK = 2**24
@@ -228,6 +229,15 @@ def stack(pulls: Sequence[Rows]) -> Rows:
         parts = zip(*(pull.parts for pull in pulls), strict=True)  # type: ignore[union-attr]
         return mixed(stack(part) for part in parts)
     return replace(first, values=torch.cat([pull.values for pull in pulls], dim=1))
+
+
+def widen(rows: Rows, k: int) -> Rows:
+    """``k`` rows an example, the further ones zero."""
+    if isinstance(rows, Mixed):
+        return mixed(widen(part, k) for part in rows.parts)
+    size, found = rows.shape
+    zeros = rows.values.new_zeros(size, k - found, *rows.values.shape[2:])
+    return replace(rows, values=torch.cat([rows.values, zeros], dim=1)) if k > found else rows
 
 
 def unstack(rows: Rows) -> Rows:

@@ -186,6 +186,8 @@ def _split(layer: Layer, rows: Rows, tokens: int) -> Rows:
             f"not exist. Leave it out with Task(..., parameters=…), or use tokens by 'loss'."
         )
     try:
+        if layer.kind == "conv" and rows.values.shape[2] != tokens:  # channels are no tokens
+            raise ValueError(f"{rows.values.shape[2]} positions for {tokens} tokens")
         return rows.split(tokens)
     except ValueError as reason:
         raise ValueError(

@@ -26,6 +26,7 @@ from bayesinf.curvature._rows import (
     squared_norms,
     stack,
     unstack,
+    widen,
 )
 
 P, M, T, G = 6, 4, 3, 2
@@ -167,6 +168,16 @@ def scaled(rows, factor):
         return mixed(scaled(part, factor) for part in rows.parts)
     tensors = {name: getattr(rows, name) for name in ("a", "index", "size") if hasattr(rows, name)}
     return type(rows)(values=factor * rows.values, **tensors)
+
+
+@kinds
+def test_widen(kind):
+    x = MAKE[kind](5, 2, 0)
+    wide = widen(x, 4)
+    assert (type(wide), wide.shape) == (type(x), (5, 4))
+    close(wide.matrices()[:, :2], explicit(x))
+    assert not wide.matrices()[:, 2:].any()
+    close(widen(x, 2).matrices(), explicit(x))
 
 
 @kinds
