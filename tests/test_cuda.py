@@ -11,6 +11,7 @@ import torch
 import bayesinf as bi
 from tests import quadratic
 from tests.cases import BY_NAME
+from tests.layered_cases import LAYERED_BY_NAME
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -23,10 +24,31 @@ def test_classical_scores_are_those_of_the_cpu(case: str) -> None:
         (bi.kfac, {"fisher": "empirical", "damping": 0.1}),
         (bi.grad_dot, {}),
         (bi.gauss_newton, {"damping": 0.1}),
+        (bi.conjugate_gradient, {"fisher": "enumerated", "damping": 0.1, "tolerance": 1e-12}),
+        (bi.deflated_ekfac, {"fisher": "enumerated", "damping": 0.1, "deflate": 5}),
+        (bi.lissa, {"damping": 5.0, "tolerance": 1e-12}),
     ):
         expected = function(cpu, **options)["influence"].values  # type: ignore[operator]
         got = function(gpu, **options)["influence"].values  # type: ignore[operator]
         np.testing.assert_allclose(got, expected, rtol=1e-7, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", ["sequence", "words", "conv-groups", "called-twice"])
+def test_curvature_of_every_form_and_token_scores_are_those_of_the_cpu(case: str) -> None:
+    cpu, gpu = LAYERED_BY_NAME[case].task(), LAYERED_BY_NAME[case].task(device="cuda")
+    for form in ("ekfac", "kfac", "diagonal", "dense", "identity"):
+        expected = bi.fit_curvature(cpu, fisher="enumerated", form=form)  # type: ignore[arg-type]
+        got = bi.fit_curvature(gpu, fisher="enumerated", form=form)  # type: ignore[arg-type]
+        assert got.device.type == "cuda"
+        torch.testing.assert_close(got.dense().cpu(), expected.dense(), rtol=1e-7, atol=1e-12)
+        draws = got.inverse(0.1).sample(3, torch.Generator("cuda").manual_seed(0))
+        assert draws.shape == (3, cpu.dimension)
+    if case == "sequence":
+        tokens = [
+            bi.ekfac(task, fisher="empirical", damping=0.1, train_tokens="position").influence
+            for task in (gpu, cpu)
+        ]
+        np.testing.assert_allclose(*tokens, rtol=1e-7, atol=1e-12)
 
 
 def test_bif_on_the_gpu_is_the_closed_form() -> None:
