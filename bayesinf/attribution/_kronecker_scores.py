@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,7 @@ def require_one_damping(damping: Any, relative_damping: Any) -> None:
             f"the same for all layers (λ = γ/(nβ) + weight decay, what BIF tends to); "
             f"relative_damping multiplies each layer's mean eigenvalue (0.1 in Grosse et al. 2023)."
         )
-    if damping is not None and not isinstance(damping, dict):
+    if damping is not None and not isinstance(damping, Mapping):
         require_damping(damping)
 
 

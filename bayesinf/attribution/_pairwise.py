@@ -102,7 +102,6 @@ def score(
             return _self_scores(task, source, method, options, costs)
     query = make_labels(source.task, "query", options.query_tokens, options.batch_size)
     train = make_labels(source.task, "train", options.train_tokens, options.batch_size)
-    errors: dict[str, list[float]] = {}
     sink = _sink(task, source, method, options, query, train)
     with costs.stage("scores"):
         for q, queries in _blocks(source.task, "query", options):
@@ -112,7 +111,7 @@ def score(
                 continue
             left = _gradients(source, "query", q, queries, options, query)
             norms = squared_norms(left).sqrt() if method.cosine else None
-            left = _stored(method.precondition(left), options, errors)
+            left = _stored(method.precondition(left), options, sink.errors)
             kept = _late_mask(query, q, options.query_tokens, source.task.device)
             for t, batch in _blocks(source.task, "train", options):
                 if sink.done(rows, train.entries(t)):
@@ -126,7 +125,7 @@ def score(
                 block = block if late is None else block[:, :, late]
                 values = (block * method.scale).detach().cpu().numpy()
                 sink.write(rows, train.entries(t), values)
-    more = {name: max(values) for name, values in errors.items()}
+    more = dict(sink.errors)
     return sink.finish(method.name, method.estimand, _attrs(task, method, options, costs, more))
 
 
@@ -249,7 +248,7 @@ def _cosines(block: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return block * scales[0][:, None] * scales[1]
 
 
-def _stored(rows: list[Rows], options: Options, errors: dict[str, list[float]]) -> list[Rows]:
+def _stored(rows: list[Rows], options: Options, errors: dict[str, float]) -> list[Rows]:
     """Query gradients as they are kept, with the relative error of that."""
     if options.query_rank is not None:
         rank = options.query_rank
@@ -265,7 +264,7 @@ def _approximated(
     rows: list[Rows],
     approximate: Callable[[Rows], Rows],
     name: str,
-    errors: dict[str, list[float]],
+    errors: dict[str, float],
 ) -> list[Rows]:
     kept = [approximate(layer) for layer in rows]
     lost = total = 0.0
@@ -274,7 +273,8 @@ def _approximated(
             full = part.matrices().double()
             lost += float((full - approximation.part(where).matrices().double()).square().sum())
             total += float(full.square().sum())
-    errors.setdefault(name, []).append(math.sqrt(lost / total) if total else 0.0)
+    error = math.sqrt(lost / total) if total else 0.0
+    errors[name] = max(error, errors.get(name, 0.0))
     return kept
 
 

@@ -40,8 +40,9 @@ class Scoring(TypedDict, total=False):
         ``"position"``: the part of an example's gradient that layers form at each position (a
         token acts through its later positions too, by attention). ``"loss"``: the gradient of the
         loss of each predicted token. Both sum to the example's. Tokens are flat, dims
-        ``train_token`` and ``query_token``, with coordinates ``train`` (``query``), ``position``
-        and, where inputs are ids, ``token_id``; padded and masked tokens are absent.
+        ``train_token`` and ``query_token``, with coordinates ``train``, ``train_position`` and,
+        where inputs are ids, ``train_token_id`` (or ``query``, …); padded and masked tokens are
+        absent.
     query_rank
         Keep preconditioned query gradients as matrices of this rank, layer by layer (SVD; Grosse
         et al. 2023 §3.2.2 use 32); the relative error is in ``attrs["query_rank_error"]``.

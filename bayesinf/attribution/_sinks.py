@@ -21,7 +21,15 @@ _SIDES = text_labels(np.array(["helpful", "harmful"]))
 
 
 class Sink(Protocol):
-    """Takes the blocks of a score matrix ``(module, query, train)``, in order."""
+    """Takes the blocks of a score matrix ``(module, query, train)``, in order.
+
+    Attributes
+    ----------
+    errors
+        Largest errors of approximations by name, over all blocks of queries so far.
+    """
+
+    errors: dict[str, float]
 
     def done(self, rows: slice, columns: slice) -> bool:
         """Whether the block was written by an earlier run."""
@@ -41,6 +49,7 @@ class MatrixSink:
 
     def __init__(self, query: Labels, train: Labels, modules: list[str] | None) -> None:
         self.query, self.train, self.modules = query, train, modules
+        self.errors: dict[str, float] = {}
         self.values: np.ndarray | None = None
 
     def done(self, rows: slice, columns: slice) -> bool:
@@ -70,6 +79,7 @@ class TopSink:
 
     def __init__(self, query: Labels, train: Labels, k: int) -> None:
         self.query, self.train, self.k = query, train, min(k, train.size)
+        self.errors: dict[str, float] = {}
         self.values: np.ndarray | None = None
         self.places = np.zeros((query.size, 2, self.k), dtype=np.int64)
 
@@ -129,10 +139,12 @@ class StoreSink:
         self.query, self.train = query, train
         self._progress = self.path / "progress.json"
         self._done: set[str] = set()
+        self.errors: dict[str, float] = {}
         if self._progress.exists():
             self._resume(config)
         else:
             self._create(config, dtype)
+        self._written = False
         self._group: Any = zarr.open_group(self._scores, mode="r+")
 
     def done(self, rows: slice, columns: slice) -> bool:
@@ -146,12 +158,13 @@ class StoreSink:
         if self.modules is not None:
             self._group["influence_by_module"][:, rows, columns] = block
         self._done.add(_key(rows, columns))
+        self._written = True
         self._commit()
 
     def finish(self, method: str, estimand: str, attrs: dict[str, Any]) -> xr.Dataset:
-        """Open the store lazily, labelled."""
-        labelled = label_scores({}, {}, method, estimand, attrs).attrs
-        self._group.attrs.update(labelled)
+        """Open the store lazily; a run that wrote nothing leaves its labels as they are."""
+        if self._written or "method" not in self._group.attrs:
+            self._group.attrs.update(label_scores({}, {}, method, estimand, attrs).attrs)
         return xr.open_zarr(self._scores, consolidated=False, chunks=None)
 
     def _create(self, config: dict[str, Any], dtype: str) -> None:
@@ -210,12 +223,13 @@ class StoreSink:
                 f"store={os.fspath(self.path)!r} holds scores of another run: {'; '.join(odd)}. "
                 f"Choose another path, or run with the settings that it was made with."
             )
-        self._done = set(held["done"])
+        self._done, self.errors = set(held["done"]), held["errors"]
 
     def _commit(self) -> None:
         temporary = self._progress.with_suffix(".tmp")
         with open(temporary, "w") as file:
-            json.dump({"config": self._config, "done": sorted(self._done)}, file)
+            held = {"config": self._config, "done": sorted(self._done), "errors": self.errors}
+            json.dump(held, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, self._progress)
