@@ -1,7 +1,9 @@
 """Judging scores by real retrainings."""
 
 from bayesinf.evaluation._bank import open_bank, save_bank
+from bayesinf.evaluation._gaps import response_gaps
 from bayesinf.evaluation._lds import lds, lds_difference, lds_table, noise_ceiling
+from bayesinf.evaluation._pbrf import pbrf
 from bayesinf.evaluation._retraining import retrain, train_one
 from bayesinf.evaluation._subsets import random_subsets
 from bayesinf.evaluation._training import SGDRecipe
@@ -13,7 +15,9 @@ __all__ = [
     "lds_table",
     "noise_ceiling",
     "open_bank",
+    "pbrf",
     "random_subsets",
+    "response_gaps",
     "retrain",
     "save_bank",
     "train_one",
