@@ -167,7 +167,7 @@ def main(argv: list[str] | None = None) -> None:
     if root is not None:
         make_banks(benchmark, root)
     bank = benchmark.bank("evaluation", root)
-    chosen = [m for m in METHODS if args.methods in ("all", m.family) or m.core]
+    chosen = [m for m in METHODS if args.methods in ("all", m.family, "core" if m.core else "")]
     scores, costs, refused = run(benchmark, chosen, bank)
     table = bi.lds_table(scores, bank)
     table["seconds"] = ("scorer", [costs[name].wall for name in scores])
