@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.func import grad, grad_and_value, vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bayesinf._data import Batch
 from bayesinf._gradients import VectorizationWarning
@@ -169,7 +170,8 @@ class Neighbourhood:
             def product(v: Tensor, total: Callable[[Tensor], Tensor] = total) -> Tensor:
                 return grad(lambda w: grad(total)(w) @ v)(self.center)
 
-            products += self._each(product, vectors)
+            with sdpa_kernel(SDPBackend.MATH):  # fused attention has first derivatives only
+                products += self._each(product, vectors)
         self._count(2 * len(vectors))
         return products
 
@@ -183,9 +185,10 @@ class Neighbourhood:
 
         By differentiating the (linear) pull-back, which needs reverse mode only.
         """
-        values, pull = vjp(lambda w: self._queries(measurement, w), self.center)[:2]
-        zero = torch.zeros_like(values)
-        return torch.stack([grad(lambda u, v=v: pull(u)[0] @ v)(zero) for v in vectors])
+        with sdpa_kernel(SDPBackend.MATH):
+            values, pull = vjp(lambda w: self._queries(measurement, w), self.center)[:2]
+            zero = torch.zeros_like(values)
+            return torch.stack([grad(lambda u, v=v: pull(u)[0] @ v)(zero) for v in vectors])
 
     # ------------------------------------------------------------------ chunks and rows
 

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 import bayesinf as bi
 from bayesinf.evaluation._pbrf import pbrf
+from bayesinf.evaluation._proximal import Neighbourhood, fit_metric, respond
 from tests import exact, quadratic
 from tests.cases import BY_NAME
+from tests.layered_cases import LAYERED_BY_NAME
 
 LINKS = ["mlp-categorical", "mlp-gaussian", "mlp-bernoulli"]
 DAMPING = 0.2
@@ -62,6 +64,24 @@ def test_limit_of_small_epsilon_is_gauss_newton_influence(name: str, measurement
         exact.influence(task, exact.gauss_newton(task), DAMPING, measurement),
         1e-6,
     )
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+@pytest.mark.parametrize("name", LAYERED_BY_NAME)
+def test_every_kind_of_layer(name: str) -> None:
+    """The linear response, by second derivatives, and the finite one, against dense matrices."""
+    task = LAYERED_BY_NAME[name].task()
+    ids = task.train.ids[:2]
+    expected = exact.influence(task, exact.gauss_newton(task), DAMPING)[:, :2]
+    options = {"damping": DAMPING, "tolerance": 1e-6}
+    scores = pbrf(task, epsilon=1e-5, train_ids=ids, check_linearity=False, **options)
+    exact.close(scores["influence"], expected, 1e-5)
+    near = Neighbourhood(task)
+    share = torch.full((task.n,), 1 / task.n, dtype=torch.float64)
+    metric = fit_metric(near, share, rank=20, generator=torch.Generator().manual_seed(0))
+    gradients = near.loss_gradients(torch.eye(task.n, dtype=torch.float64)[:2] / task.n)
+    v, _ = respond(near, metric, share, DAMPING, gradients, tolerance=1e-8, max_iterations=200)
+    exact.close(near.slope("loss", v).T, expected, 1e-6)
 
 
 @pytest.mark.parametrize("name", LINKS)
