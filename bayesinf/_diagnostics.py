@@ -14,7 +14,7 @@ __all__ = ["ConvergenceWarning", "diagnose", "rhat_of_means", "trend_share"]
 
 
 class ConvergenceWarning(UserWarning):
-    """Scores come from chains that have not converged, or from too few draws."""
+    """Scores come from chains, or from minimisations, that have not converged."""
 
 
 def rhat_of_means(means: np.ndarray) -> float:
