@@ -76,8 +76,8 @@ def astra(
     xr.Dataset
         ``influence(query, train)``; negative = helpful. Attributes: damping, of, tolerance,
         worst_residual, unconverged (queries that missed the tolerance), products (in passes over
-        the training set, over all queries), seconds by stage, forward_examples,
-        backward_examples, checkpoint.
+        the training set, over all queries, deflation included), chosen_step (where there is a
+        constant one), seconds by stage, forward_examples, backward_examples, checkpoint.
 
     Raises
     ------

@@ -64,7 +64,7 @@ def deflated_ekfac(
     -------
     xr.Dataset
         ``influence(query, train)``; negative = helpful. Attributes as :func:`bayesinf.ekfac`, and
-        of, deflate.
+        of, deflate, products (in passes over the training set).
 
     Raises
     ------
@@ -97,5 +97,6 @@ def deflated_ekfac(
             precondition,
             -1 / task.n,
             attrs={"damping": damping, "of": of, **preconditioner.attrs},
+            report={"products": operator.products},
         )
         return score(task, source, method, options, costs)

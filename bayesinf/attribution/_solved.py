@@ -67,7 +67,9 @@ class Preconditioner:
                 self.inverse = deflate(held, operator, damping=damping, rank=rank, seed=seed)
 
 
-def product(task: Task, of: Of, batch_size: int, costs: Costs) -> Any:
+def product(
+    task: Task, of: Of, batch_size: int, costs: Costs
+) -> GaussNewtonProduct | HessianProduct:
     """Return the operator of a curvature.
 
     Raises
@@ -87,7 +89,7 @@ def solved_scores(
     of: Of,
     damping: float,
     solve: Solve,
-    operator: SymmetricOperator,
+    operator: GaussNewtonProduct | HessianProduct,
     attrs: dict[str, Any],
     scoring: Scoring,
     costs: Costs,
@@ -116,7 +118,9 @@ def solved_scores(
             with costs.stage("solves"):
                 found = solve(operator, source.flat(rows))
             report["worst_residual"] = max(report["worst_residual"], float(found.residual.max()))
-            report["products"] += found.products
+            report["products"] = operator.products
+            if found.step is not None:
+                report["chosen_step"] = found.step
             report["unconverged"] = report.get("unconverged", 0) + int((~found.converged).sum())
             return source.unflat(found.x)
 

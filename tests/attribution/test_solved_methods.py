@@ -74,6 +74,9 @@ def test_deflation_of_every_direction_is_exact_and_of_some_is_nearer():
 
     options = {"damping": DAMPING, "fisher": "enumerated"}
     plain = error(bi.ekfac(task, **options))
+    deflated = bi.deflated_ekfac(task, deflate=8, **options)
+    solved = bi.conjugate_gradient(task, deflate=8, tolerance=1e-10, **options)
+    assert 8 <= deflated.attrs["products"] < solved.attrs["products"]
     some = error(bi.deflated_ekfac(task, deflate=8, **options))
     every = error(bi.deflated_ekfac(task, deflate=task.dimension, **options))
     assert plain > 0.05
