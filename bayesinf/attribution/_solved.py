@@ -31,8 +31,6 @@ Of = Literal["gauss_newton", "hessian"]
 Solve = Callable[[SymmetricOperator, Tensor], Solution]
 """An operator and right-hand sides ``(k, d)`` to a solution."""
 
-_OPERATORS = {"gauss_newton": GaussNewtonProduct, "hessian": HessianProduct}
-
 
 class Preconditioner:
     """EK-FAC's damped inverse, deflated by ``rank`` directions that it misses.
@@ -77,9 +75,10 @@ def product(
     ValueError
         If the curvature is unknown.
     """
-    if of not in _OPERATORS:
+    if of not in get_args(Of):
         raise ValueError(f"of must be one of {get_args(Of)}; got {of!r}.")
-    return _OPERATORS[of](task, batch_size=batch_size, costs=costs)
+    kind = GaussNewtonProduct if of == "gauss_newton" else HessianProduct
+    return kind(task, batch_size=batch_size, costs=costs)
 
 
 def solved_scores(
