@@ -194,7 +194,8 @@ class Capture:
             self._shared = self._find_shared()
             self._calls, self.expanded = calls, expanded
             outputs = self._forward(batch) if self._shared else outputs
-        return Record(self, batch, outputs, self._calls)
+        calls, self._calls = self._calls, {}  # they live as long as the record
+        return Record(self, batch, outputs, calls)
 
     def _forward(self, batch: Batch) -> Any:
         self._calls = {site: [] for layer in self.layers for site in layer.sites}

@@ -7,7 +7,8 @@ what a normalisation does not treat as channels.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -25,13 +26,26 @@ _CHANNELS_FIRST = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a module: its input, and where to differentiate."""
+    """One call of a module: its input, and where to differentiate.
+
+    Attributes
+    ----------
+    memo
+        What multiplies derivatives, by layer: the same in every backward pass.
+    """
 
     module: nn.Module
     input: Tensor
     edge: GradientEdge
     output: torch.Size
     dtype: torch.dtype
+    memo: dict[str, Tensor] = field(default_factory=dict)
+
+    def once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """Return what was made for a layer in the first backward pass."""
+        if name not in self.memo:
+            self.memo[name] = make()
+        return self.memo[name]
 
 
 def contribution(
@@ -59,7 +73,8 @@ def contribution(
         ds = call.input.new_zeros(call.output, dtype=call.dtype)
     module = call.module
     if isinstance(module, nn.Embedding) and layer.kind in ("embedding", "tied"):
-        return _embedding(layer, module, call.input, ds, size)
+        index = call.once(layer.name, lambda: call.input.reshape(size, -1))
+        return _embedding(layer, module, index, ds, size)
     if layer.kind == "affine":
         return _affine(layer, call, ds, size)
     if layer.kind == "conv":
@@ -67,7 +82,8 @@ def contribution(
     values = _by_example(layer, ds, size)
     if layer.weight is None:
         return Factored(values.unsqueeze(1), values.new_ones(*values.shape[:2], 1))
-    return Factored(values.unsqueeze(1), _with_bias(layer, _by_example(layer, call.input, size)))
+    a = call.once(layer.name, lambda: _with_bias(layer, _by_example(layer, call.input, size)))
+    return Factored(values.unsqueeze(1), a)
 
 
 def expand_shared_index(index: Tensor, size: int) -> Tensor:
@@ -96,33 +112,38 @@ def _with_bias(layer: Layer, a: Tensor) -> Tensor:
 
 def _embedding(layer: Layer, module: nn.Embedding, index: Tensor, ds: Tensor, size: int) -> Indexed:
     values = _by_example(layer, ds, size)
-    index = index.reshape(size, -1)
     if module.padding_idx is not None:
         values = values * (index != module.padding_idx).unsqueeze(-1)
     return Indexed(values.unsqueeze(1), index, layer.shape[0])
 
 
 def _affine(layer: Layer, call: Call, ds: Tensor, size: int) -> Grouped:
-    """``y = w ⊙ x̂ + b``: the normalised input is what the weight 1 adds to the output."""
-    if layer.weight is not None:
-        ones, zeros = ({layer.weight: fill} for fill in (1.0, 0.0))
-        a = (_affine_output(call, ones) - _affine_output(call, zeros)).reshape(ds.shape)
-    else:
-        a = torch.ones_like(ds)
     channels_first = isinstance(call.module, _CHANNELS_FIRST)
-    a, values = (
-        _by_example(layer, _channels_last(x, layer, channels_first), size) for x in (a, ds)
-    )
-    columns = [a.unsqueeze(-1)] if layer.weight is not None else []
+
+    def by_example(x: Tensor) -> Tensor:
+        return _by_example(layer, _channels_last(x, layer, channels_first), size)
+
+    values = by_example(ds)
+    a = call.once(layer.name, lambda: _normalised(layer, call, by_example, values))
+    return Grouped(values[:, None, :, :, None], a)
+
+
+def _normalised(
+    layer: Layer, call: Call, by_example: Callable[[Tensor], Tensor], like: Tensor
+) -> Tensor:
+    """``(B, T, channels, 1 or 2)``: the normalised input, what the weight 1 adds; the bias's 1."""
+    columns = []
+    if layer.weight is not None:
+        gain = _affine_output(call, 1.0) - _affine_output(call, 0.0)
+        columns.append(by_example(gain.reshape(call.output)))
     if layer.bias is not None:
-        columns.append(torch.ones_like(a).unsqueeze(-1))
-    return Grouped(values[:, None, :, :, None], torch.cat(columns, dim=-1))
+        columns.append(torch.ones_like(like))
+    return torch.stack(columns, dim=-1)
 
 
-def _affine_output(call: Call, fill: dict[str, float]) -> Tensor:
-    (value,) = fill.values()
+def _affine_output(call: Call, weight: float) -> Tensor:
     own = {
-        name: torch.full_like(p, value if name == "weight" else 0.0)
+        name: torch.full_like(p, weight if name == "weight" else 0.0)
         for name, p in call.module.named_parameters(recurse=False)
     }
     with torch.no_grad():
@@ -139,17 +160,18 @@ def _channels_last(x: Tensor, layer: Layer, channels_first: bool) -> Tensor:
 def _convolution(layer: Layer, call: Call, ds: Tensor, size: int) -> Factored | Grouped:
     module, x = call.module, call.input
     assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
-    dims = len(module.kernel_size)
-    if x.ndim == dims + 1:
-        x, ds = x.unsqueeze(0), ds.unsqueeze(0)
     values = _by_example(layer, ds.flatten(2).transpose(1, 2), size)  # (B, T, P)
     if layer.weight is None:
         return Factored(values.unsqueeze(1), values.new_ones(*values.shape[:2], 1))
-    a = _by_example(layer, _patches(module, x), size)
+
+    def inputs() -> Tensor:
+        a = _by_example(layer, _patches(module, x), size)
+        return _with_bias(layer, a.unflatten(2, (layer.groups, -1)) if layer.groups > 1 else a)
+
+    a = call.once(layer.name, inputs)
     if layer.groups == 1:
-        return Factored(values.unsqueeze(1), _with_bias(layer, a))
-    grouped = values.unflatten(2, (layer.groups, -1)).unsqueeze(1)
-    return Grouped(grouped, _with_bias(layer, a.unflatten(2, (layer.groups, -1))))
+        return Factored(values.unsqueeze(1), a)
+    return Grouped(values.unflatten(2, (layer.groups, -1)).unsqueeze(1), a)
 
 
 def _patches(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:

@@ -104,14 +104,13 @@ def test_token_scores_sum_to_the_sequence_score(method, kind):
     for name in DECODERS if method == "ekfac" else ["decoder-tied"]:
         task = LAYERED_BY_NAME[name].task(train_ids=[f"t{i}" for i in range(4)])
         whole = METHODS[method](task).influence
-        for size in (1, 99):
-            options = {"batch_size": size, "query_batch_size": size}
-            train = METHODS[method](task, train_tokens=kind, **options).influence
-            exact.close(train.groupby("train").sum().transpose("query", "train"), whole, 1e-10)
-            query = METHODS[method](task, query_tokens=kind, **options).influence
-            exact.close(query.groupby("query").sum(), whole, 1e-10)
-            both = METHODS[method](task, query_tokens=kind, train_tokens=kind, **options).influence
-            exact.close(both.groupby("query").sum().groupby("train").sum(), whole, 1e-10)
+        options = {"batch_size": 1, "query_batch_size": 2}
+        train = METHODS[method](task, train_tokens=kind, **options).influence
+        exact.close(train.groupby("train").sum().transpose("query", "train"), whole, 1e-10)
+        query = METHODS[method](task, query_tokens=kind, **options).influence
+        exact.close(query.groupby("query").sum(), whole, 1e-10)
+        both = METHODS[method](task, query_tokens=kind, train_tokens=kind, **options).influence
+        exact.close(both.groupby("query").sum().groupby("train").sum(), whole, 1e-10)
 
 
 @pytest.mark.parametrize("name", DECODERS)

@@ -7,6 +7,7 @@ from torch import nn
 import bayesinf as bi
 from bayesinf.curvature import find_layers
 from bayesinf.curvature._accounting import Costs
+from tests import exact
 from tests.layered_cases import LAYERED, LAYERED_BY_NAME, Conv1D, Tied
 
 
@@ -201,6 +202,29 @@ def test_what_hooks_cannot_see_is_differentiated(model, features, free, dtype):
     assert {layer.name for layer in layers if layer.kind == "free"} == free
 
 
+class Unsqueezed(nn.Module):
+    """Positions without room for a batch; with one the network runs, and returns other outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.places, self.fc = nn.Embedding(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x):
+        h = self.places(torch.arange(3)).unsqueeze(0)
+        return self.fc(torch.tanh(x.unsqueeze(1) + h)).mean(-2)
+
+
+def test_an_index_that_cannot_be_repeated():
+    task = task_of(Unsqueezed(), 3, outputs=3)
+    assert {la.name: la.kind for la in find_layers(task)} == {
+        "places.weight": "free",
+        "fc": "linear",
+    }
+    exact.close(
+        bi.grad_dot(task).influence, -exact.gradients(task) @ exact.gradients(task).T, 1e-12
+    )
+
+
 class Cancelling(nn.Module):
     """A scale that the norm after it takes out: its gradient is rounding."""
 
@@ -298,6 +322,16 @@ def test_gradients_that_depend_on_the_batch():
         find_layers(task_of(Leaky(), 3))
 
 
+def test_outputs_without_a_batch_dimension_of_their_own():
+    class Squeezed(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).squeeze(0)
+
+    task = task_of(Squeezed(3, 2), 3, n=3)
+    with pytest.raises(ValueError, match="outputs of 1 examples change with the batch"):
+        find_layers(task)
+
+
 def test_a_single_example_has_no_batch_to_depend_on():
     assert len(find_layers(task_of(BatchStatistics(), 3, n=1))) == 2
 
@@ -355,17 +389,20 @@ def test_an_empty_query_set_is_refused():
         bi.Task(nn.Linear(2, 2), bi.Gaussian(), train=(x, x), query=(x[:0], x[:0]))
 
 
-def test_a_gradient_that_is_not_finite_is_named():
-    class Root(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.fc = nn.Linear(2, 2, bias=False)
+class Root(nn.Module):
+    def __init__(self, inside):
+        super().__init__()
+        self.fc, self.inside = nn.Linear(2, 2, bias=False), inside
 
-        def forward(self, x):
-            return self.fc(x).abs().sqrt()
+    def forward(self, x):
+        return (self.fc(x) if self.inside else x @ self.fc.weight.T).abs().sqrt()
 
+
+@pytest.mark.parametrize(("inside", "name"), [(True, "fc"), (False, "fc.weight")])
+def test_a_gradient_that_is_not_finite_is_named(inside, name):
     x = torch.ones(4, 2)
     x[3] = 0.0
-    task = bi.Task(Root(), bi.Gaussian(), train=(x, x), query=(x, x), train_ids=list("abcd"))
-    with pytest.raises(ValueError, match="layer 'fc': the gradient of train example 'd' is NaN"):
+    data = {"train": (x, x), "query": (x, x), "train_ids": list("abcd")}
+    task = bi.Task(Root(inside), bi.Gaussian(), **data)
+    with pytest.raises(ValueError, match=f"layer '{name}': the gradient of train example 'd' is"):
         find_layers(task)

@@ -345,6 +345,22 @@ def test_kept_gradients_are_the_computed_ones(name, fisher, monkeypatch):
     assert costs[1.0].forward_examples <= costs[2e-5].forward_examples
 
 
+def test_inputs_are_kept_once_for_all_directions(monkeypatch):
+    """Three classes: derivatives three times, inputs and patches once."""
+    task, sizes = LAYERED_BY_NAME["cnn-no-bias"].task(), []
+    original = _spool.Spool.__exit__
+
+    def noted(self, *error):
+        sizes.append(self._end)
+        original(self, *error)
+
+    monkeypatch.setattr(_spool.Spool, "__exit__", noted)
+    fit_curvature(task, fisher="enumerated")
+    inputs = 25 * 18 + 9 * 27 + 36  # positions times patches
+    derivatives = 25 * 3 + 9 * 4 + 3
+    assert sizes == [8 * task.n * (inputs + 3 * derivatives)]
+
+
 def test_sums_in_tiles_are_the_same(monkeypatch):
     for name in ("cnn", "sequence", "decoder-tied", "conv-groups"):
         task = LAYERED_BY_NAME[name].task()

@@ -61,12 +61,13 @@ PADS = [(0, 3), (2, 0), (1, 2)]
 @pytest.mark.parametrize("fisher", ["enumerated", "sampled", "empirical"])
 def test_curvature(kind, side, fisher):
     forms = [("ekfac", "expand"), ("kfac", "expand"), ("kfac", "reduce"), ("dense", "expand")]
+    pads = PADS
     if fisher != "empirical":
-        forms = forms[:2]
+        forms, pads = forms[:1], PADS[2:]
     for form, sequence in forms:
         options = {"fisher": fisher, "form": form, "sequence": sequence, "seed": 2}
         expected = fit_curvature(make(kind, side), **options)
-        for left, right in PADS:
+        for left, right in pads:
             found = fit_curvature(make(kind, side, left, right), **options)
             for block, other in zip(found.blocks, expected.blocks, strict=True):
                 exact.close(block.dense(), other.dense(), 1e-10)

@@ -12,7 +12,7 @@ import bayesinf as bi
 from bayesinf import fit_curvature, load_curvature, save_curvature
 from bayesinf.curvature import _saving
 from tests import exact
-from tests.layered_cases import LAYERED, LAYERED_BY_NAME
+from tests.layered_cases import LAYERED_BY_NAME
 
 
 def equal(one, other):
@@ -28,9 +28,14 @@ def equal(one, other):
         assert all(torch.equal(held[k], found[k]) for k in held)
 
 
-@pytest.mark.parametrize("case", LAYERED, ids=lambda c: c.name)
-def test_round_trip(case, tmp_path):
-    task = case.task()
+ONE_OF_EACH = ["cnn", "tied", "conv-groups", "conv3d", "stored-transposed", "words-padded", "raw",
+               "layer-norm-planes", "rms-norm-gated", "lora-raw", "idle",
+               "decoder-tied"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_round_trip(name, tmp_path):
+    task = LAYERED_BY_NAME[name].task()
     curvature = fit_curvature(task, fisher="sampled", draws=2)
     save_curvature(curvature, tmp_path / "new" / "c")
     back = load_curvature(tmp_path / "new" / "c")
