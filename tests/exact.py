@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -184,8 +185,14 @@ def influence(
 # ---------------------------------------------------------------- layers
 
 
-def index(task: bi.Task, layer: Any) -> Tensor:
-    """Positions in the flat parameters of a layer's ``(P, M)`` matrix, row by row."""
+def index(task: bi.Task, layer: Any, bias: str | None = None) -> Tensor:
+    """Positions in the flat parameters of a layer's ``(P, M)`` matrix, row by row.
+
+    Of a layer, or of a weight (and a bias) by name.
+    """
+    if isinstance(layer, str):
+        rows = len(task.params[layer])
+        layer = SimpleNamespace(weight=layer, bias=bias, shape=(rows, None))
     place, start = {}, 0
     for name, p in task.params.items():
         place[name] = torch.arange(start, start + p.numel()).reshape(p.shape)

@@ -467,7 +467,7 @@ def _plain(name: str, kinds: dict[str, str]) -> Layered:
     else:
         target = (bits if isinstance(case.likelihood, bi.Bernoulli) else floats)(case.outputs)
     data = pairs(floats(*case.features), target)
-    return Layered(name, case.model, case.likelihood, data, kinds, n=8)
+    return Layered(name, case.model, case.likelihood, data, kinds, n=case.n, queries=case.queries)
 
 
 _IMAGE, _TWO = pairs(floats(2, 5, 4), ids(2)), pairs(floats(3), ids(2))
@@ -514,6 +514,7 @@ LAYERED = [
     Layered("idle", Idle, GAUSS, pairs(floats(3), floats(2)),
             {"used": "linear", "idle": "conv", "cut": "linear", "norm": "affine",
              "words": "embedding"}),
+    Layered("conv-valid", lambda: conv(kernel_size=(3, 2)), CAT, _IMAGE, _CONV),
     Layered("conv-string", lambda: conv(kernel_size=2, padding="valid"), CAT, _IMAGE, _CONV),
     Layered("conv-stride", lambda: conv(kernel_size=3, stride=(2, 1), padding=(1, 2)), CAT,
             _IMAGE, _CONV),

@@ -99,8 +99,8 @@ def test_they_are_registered_as_similarities():
         assert METHODS[name].function is method
         assert scores.attrs["estimand"] == METHODS[name].estimand == "similarity"
         assert scores.attrs["method"] == name
-        assert scores.attrs["forward_examples"] == 8 + 4 + 8 + 3  # half of the check alone
-        assert scores.attrs["backward_examples"] == 8 + 8 + 3
+        assert scores.attrs["forward_examples"] == 12 + 6 + 12 + 5  # half of the check alone
+        assert scores.attrs["backward_examples"] == 12 + 12 + 5
 
 
 def test_the_large_damping_limit_of_influence():

@@ -100,7 +100,7 @@ def test_a_sweep_of_dampings_costs_one_fit(monkeypatch):
     """Every run with the curvature passes train and query examples once, for their gradients."""
     task, costs = LAYERED_BY_NAME["mlp-categorical"].task(), Costs()
     curvature = fit_curvature(task, fisher="enumerated", costs=costs)
-    assert costs.backward_examples == 8 + 8 * 3
+    assert costs.backward_examples == 12 + 12 * 3
 
     def again(*args, **options):
         raise AssertionError("fitted again")
@@ -110,7 +110,7 @@ def test_a_sweep_of_dampings_costs_one_fit(monkeypatch):
     for damping in (1e-3, 0.1, 2.0):
         scores = ekfac(task, curvature=curvature, damping=damping)
         exact.close(scores.influence, block_influence(task, curvature, damping))
-        assert scores.attrs["forward_examples"] == scores.attrs["backward_examples"] == 8 + 3
+        assert scores.attrs["forward_examples"] == scores.attrs["backward_examples"] == 12 + 5
         assert set(json.loads(scores.attrs["seconds"])) == {"scores"}
 
 
@@ -195,13 +195,13 @@ def test_attributes_say_what_was_done():
     assert attrs["estimand"] == METHODS["ekfac"].estimand == "influence"
     assert (attrs["damping"], attrs["fisher"], attrs["measurement"]) == (0.03, "enumerated", "loss")
     assert attrs["checkpoint"] == task.fingerprint()["checkpoint"]
-    assert (attrs["n"], attrs["parameters"], attrs["batch_size"]) == (8, task.dimension, 7)
+    assert (attrs["n"], attrs["parameters"], attrs["batch_size"]) == (12, task.dimension, 7)
     assert json.loads(attrs["forms"]) == {"0": "ekfac", "2": "ekfac", "4": "ekfac"}
     stages = {"covariance", "eigendecomposition", "eigenvalue correction", "scores"}
     assert set(json.loads(attrs["seconds"])) == stages
-    check = 8 + 4  # forward: gradients are compared with autograd's, and half a batch alone
-    assert attrs["forward_examples"] == check + 8 + 8 + 3
-    assert attrs["backward_examples"] == 8 + 8 * 3 + 8 + 3
+    check = 12 + 6  # forward: gradients are compared with autograd's, and half a batch alone
+    assert attrs["forward_examples"] == check + 12 + 12 + 5
+    assert attrs["backward_examples"] == 12 + 12 * 3 + 12 + 5
     assert "seed" not in attrs
     assert ekfac(task, fisher="sampled", damping=1.0, seed=3).attrs["seed"] == 3
     assert METHODS["kfac"].function is kfac

@@ -20,16 +20,16 @@ from tests.layered_cases import LAYERED_BY_NAME
 @pytest.mark.parametrize("k", [1, 3, 8, 50])
 def test_the_extremes_of_every_query(k, batch):
     task = LAYERED_BY_NAME["mlp-categorical"].task(
-        train_ids=[f"t{i}" for i in range(8)], query_ids=[7, 5, 3]
+        train_ids=[f"t{i}" for i in range(12)], query_ids=[7, 5, 3, 2, 1]
     )
     options = {"fisher": "empirical", "damping": 0.1}
     whole = bi.ekfac(task, **options).influence.load()
     top = bi.ekfac(task, **options, top_k=k, batch_size=batch, query_batch_size=batch)
     assert top.influence.dims == ("query", "side", "rank")
     assert top.side.values.tolist() == ["helpful", "harmful"]
-    assert top["query"].values.tolist() == [7, 5, 3]
-    assert top.sizes["rank"] == min(k, 8)
-    assert top.attrs["top_k"] == min(k, 8)
+    assert top["query"].values.tolist() == [7, 5, 3, 2, 1]
+    assert top.sizes["rank"] == min(k, 12)
+    assert top.attrs["top_k"] == min(k, 12)
     order = np.argsort(whole.values, axis=1)
     for q, ranked in enumerate(order):
         for side, expected in (("helpful", ranked[:k]), ("harmful", ranked[::-1][:k])):
@@ -206,15 +206,15 @@ def test_large_queries_come_in_blocks(monkeypatch):
 
     monkeypatch.setattr(_pairwise, "_gradients", noted)
     bi.grad_dot(task)
-    assert sizes == [("query", 3), ("train", 8)]
+    assert sizes == [("query", 5), ("train", 12)]
     sizes.clear()
-    monkeypatch.setattr(_pairwise, "_QUERY_ELEMENTS", 2 * task.dimension)
-    bi.grad_dot(task, batch_size=5)
-    assert sizes == [("query", 2), ("train", 5), ("train", 3), ("query", 1), ("train", 5),
-                     ("train", 3)]  # fmt: skip
+    monkeypatch.setattr(_pairwise, "_QUERY_ELEMENTS", 3 * task.dimension)
+    bi.grad_dot(task, batch_size=7)
+    assert sizes == [("query", 3), ("train", 7), ("train", 5), ("query", 2), ("train", 7),
+                     ("train", 5)]  # fmt: skip
     sizes.clear()
     bi.grad_dot(task, query_batch_size=1)
-    assert [s for s in sizes if s[0] == "query"] == [("query", 1)] * 3
+    assert [s for s in sizes if s[0] == "query"] == [("query", 1)] * 5
 
 
 # ---------------------------------------------------------------- refusals

@@ -94,7 +94,7 @@ def stop_after(monkeypatch, blocks):
     monkeypatch.setattr(_sinks.StoreSink, "write", write)
 
 
-@pytest.mark.parametrize("blocks", [0, 1, 11, 23])
+@pytest.mark.parametrize("blocks", [0, 1, 11, 17])
 def test_a_stopped_run_goes_on_where_it_was(tmp_path, monkeypatch, blocks):
     with monkeypatch.context() as broken:
         stop_after(broken, blocks)
@@ -103,10 +103,10 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path, monkeypatch, blocks):
     resumed = run(tmp_path / "s", "ekfac")
     whole = run(tmp_path / "w", "ekfac")
     same(resumed, whole)
-    fit = 8 + 4 + 8  # the check, half of it alone, one pass
-    queries = 3 - blocks // 8
-    assert resumed.attrs["forward_examples"] == queries + 24 - blocks
-    assert whole.attrs["forward_examples"] == fit + 3 + 24
+    fit = 6 + 3 + 6  # the check, half of it alone, one pass
+    queries = 3 - blocks // 6
+    assert resumed.attrs["forward_examples"] == queries + 18 - blocks
+    assert whole.attrs["forward_examples"] == fit + 3 + 18
     assert "covariance" not in json.loads(resumed.attrs["seconds"])
 
 
@@ -129,7 +129,7 @@ def test_errors_of_approximations_outlive_a_stop(tmp_path, monkeypatch):
     task = LAYERED_BY_NAME["cnn"].task()
     options = {"query_batch_size": 1, "query_rank": 1, "gradient_dtype": torch.bfloat16}
     whole = bi.grad_dot(task, **options)
-    worst = [bi.grad_dot(only(task, i), query_rank=1).attrs["query_rank_error"] for i in range(3)]
+    worst = [bi.grad_dot(only(task, i), query_rank=1).attrs["query_rank_error"] for i in range(5)]
     assert whole.attrs["query_rank_error"] == pytest.approx(max(worst), rel=1e-12)
     for blocks in (1, 2, 3):
         path = tmp_path / str(blocks)
@@ -178,7 +178,7 @@ def test_five_kills_at_random_moments(tmp_path, method):
     with xr.open_zarr(tmp_path / "s" / "scores", consolidated=False) as back:
         same(back, whole)
     memory = interrupted_scores.METHODS[method](
-        LAYERED_BY_NAME["mlp-categorical"].task(), modules=True
+        LAYERED_BY_NAME["called-twice"].task(), modules=True
     )
     exact.close(whole.influence, memory.influence, 1e-10)
 

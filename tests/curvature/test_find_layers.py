@@ -258,7 +258,7 @@ def test_gradients_that_cancel_are_checked_in_float64():
 def test_costs_are_counted():
     costs = Costs()
     find_layers(LAYERED_BY_NAME["mlp-categorical"].task(), costs)
-    assert (costs.forward_examples, costs.backward_examples) == (8 + 4, 8)  # half alone
+    assert (costs.forward_examples, costs.backward_examples) == (12 + 6, 12)  # half alone
 
 
 # ---------------------------------------------------------------- what is refused

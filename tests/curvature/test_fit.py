@@ -384,7 +384,7 @@ def test_float32_follows_float64():
 def test_costs_count_passes_and_seconds():
     task, costs = LAYERED_BY_NAME["mlp-categorical"].task(), Costs()
     fit_curvature(task, fisher="enumerated", costs=costs)
-    check, n, classes = 8, 8, 3
+    check, n, classes = 12, 12, 3
     assert costs.forward_examples == check + check // 2 + n
     assert costs.backward_examples == check + n * classes
     assert set(costs.seconds) == {"covariance", "eigendecomposition", "eigenvalue correction"}
@@ -431,7 +431,7 @@ def test_info_says_how_it_was_made():
     info = fit_curvature(task, fisher="enumerated").info
     marks = task.fingerprint()
     assert info == {
-        "fisher": "enumerated", "sequence": "expand", "n": 8, "checkpoint": marks["checkpoint"],
+        "fisher": "enumerated", "sequence": "expand", "n": 12, "checkpoint": marks["checkpoint"],
         "train": marks["train"], "likelihood": marks["likelihood"],
     }  # fmt: skip
 
