@@ -76,7 +76,7 @@ def test_a_method_that_cannot_run_is_named_with_its_reason() -> None:
     def refuse(*_: object) -> xr.Dataset:
         raise ValueError("too large for this\nsecond line")
 
-    method = program.BenchmarkMethod("broken", True, refuse)
+    method = program.BenchmarkMethod("broken", True, "classical", refuse)
     scores, _, refused = program.run(benchmark, [method], benchmark.bank())
     assert not scores
     assert refused == {"broken": "ValueError: too large for this"}
