@@ -36,7 +36,8 @@ def test_products_with_the_identity_are_the_matrix(case, kind):
     exact.close(operator.apply(eye(task)), expected, 1e-11)
     v = torch.linspace(-1, 1, task.dimension, dtype=torch.float64)
     exact.close(operator @ v, expected @ v, 1e-10)
-    exact.close(operator @ eye(task)[:, -3:], expected[:, -3:], 1e-10)
+    largest = expected.norm(dim=0).topk(3).indices
+    exact.close(operator @ eye(task)[:, largest], expected[:, largest], 1e-10)
     assert operator.shape == expected.shape
     assert isinstance(operator, SymmetricOperator)
     assert isinstance(operator, FiniteMean)
