@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from bayesinf.attribution import _ekfac, _grad_dot
-from bayesinf.attribution._scores import METHODS, make_scores, register
+from bayesinf.attribution import _ekfac, _grad_dot, _scores
+from bayesinf.attribution._scores import METHODS, label_scores, make_scores, register, text_labels
 
 INFLUENCE = np.arange(6.0).reshape(2, 3) - 2.5
 LABELS = {"query": np.array([7, 3]), "train": np.array([10, 30, 20])}
@@ -110,3 +110,31 @@ def test_registry(monkeypatch):
     assert METHODS["grad_dot"].estimand == "similarity"
     for name, method in METHODS.items():
         assert (method.name, method.function.__name__) == (name, name)
+
+
+def test_versions_of_what_is_not_installed_are_left_out(monkeypatch):
+    """As when the package is used from its source."""
+
+    def version(package):
+        if package == "bayesinf":
+            raise _scores.PackageNotFoundError(package)
+        return "1.2"
+
+    monkeypatch.setattr(_scores, "version", version)
+    attrs = scores().attrs
+    assert "bayesinf_version" not in attrs
+    assert attrs["torch_version"] == attrs["numpy_version"] == "1.2"
+
+
+def test_scores_of_other_dimensions():
+    """Extremes of queries: which pairs are not finite is told as far as there are labels."""
+    values = np.array([[[0.5, np.nan]], [[1.0, 2.0]]])
+    dims = ("query", "side", "rank")
+    coords = {"query": [7, 3], "side": text_labels(np.array(["helpful"]))}
+    with pytest.raises(
+        ValueError, match=r"influence is not finite for 1 of 4 pairs, first query 7"
+    ):
+        label_scores({"influence": (dims, values)}, coords, "made", "influence", {})
+    labelled = label_scores({"influence": (dims, values[1:])}, {}, "made", "similarity", {})
+    assert labelled.influence.dims == dims
+    assert labelled.attrs["estimand"] == "similarity"
