@@ -6,6 +6,7 @@ from bayesinf._language import CausalLM
 from bayesinf._likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from bayesinf._posterior import LocalPosterior
 from bayesinf._sampling import DivergenceError, sample
+from bayesinf._scores import make_scores
 from bayesinf._task import Task
 from bayesinf._traces import FailedChainsWarning, StoreError, TraceStore, open_traces
 from bayesinf.attribution._astra import astra
@@ -19,7 +20,7 @@ from bayesinf.attribution._grad_dot import grad_dot
 from bayesinf.attribution._hessian import hessian
 from bayesinf.attribution._kfac import kfac
 from bayesinf.attribution._lissa import lissa
-from bayesinf.attribution._scores import METHODS, make_scores
+from bayesinf.attribution._registry import METHODS
 from bayesinf.attribution._scoring import Scoring
 from bayesinf.curvature import (
     Curvature,

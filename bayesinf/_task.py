@@ -17,10 +17,17 @@ from torch.utils._pytree import tree_leaves
 from bayesinf._data import Batch, Examples
 from bayesinf._likelihoods import Likelihood, require
 
-__all__ = ["Measurement", "Task"]
+__all__ = ["Measurement", "Task", "measurement_name"]
 
 Measurement = str | Callable[["Task", dict[str, Tensor], Batch], Tensor]
 """A likelihood's method by name, or ``f(task, params, batch) -> (B,)``."""
+
+
+def measurement_name(measurement: Measurement) -> str:
+    """Return the name that scores of a measurement carry."""
+    if isinstance(measurement, str):
+        return measurement
+    return str(getattr(measurement, "__name__", type(measurement).__name__))
 
 
 class Task:

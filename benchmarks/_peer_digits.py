@@ -16,7 +16,7 @@ import xarray as xr
 from torch import Tensor, nn
 
 from bayesinf import Categorical, Task
-from bayesinf.attribution._scores import make_scores
+from bayesinf._scores import make_scores
 
 __all__ = ["bank_from_truth", "load_task", "relative_difference", "to_influence", "to_peer"]
 

@@ -71,7 +71,7 @@ TORCHLESS = [
     "bayesinf._traces",
     "bayesinf._covariance",
     "bayesinf._diagnostics",
-    "bayesinf.attribution._scores",
+    "bayesinf._scores",
     "bayesinf.attribution._bif",
 ]
 

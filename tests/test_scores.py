@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from bayesinf.attribution import _ekfac, _grad_dot, _scores
-from bayesinf.attribution._scores import METHODS, label_scores, make_scores, register, text_labels
+from bayesinf import _scores
+from bayesinf._scores import label_scores, make_scores, text_labels
+from bayesinf.attribution import _ekfac, _grad_dot
+from bayesinf.attribution._registry import METHODS, register
 
 INFLUENCE = np.arange(6.0).reshape(2, 3) - 2.5
 LABELS = {"query": np.array([7, 3]), "train": np.array([10, 30, 20])}
@@ -95,7 +97,7 @@ def test_errors():
 
 
 def test_registry(monkeypatch):
-    monkeypatch.setattr("bayesinf.attribution._scores.METHODS", found := {})
+    monkeypatch.setattr("bayesinf.attribution._registry.METHODS", found := {})
 
     @register("similarity", "A test.")
     def lucky(task):

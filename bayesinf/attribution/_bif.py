@@ -10,8 +10,8 @@ import xarray as xr
 
 from bayesinf._covariance import cross_covariance
 from bayesinf._diagnostics import ConvergenceWarning, diagnose
+from bayesinf._scores import make_scores
 from bayesinf._traces import TraceStore
-from bayesinf.attribution._scores import make_scores
 
 __all__ = ["bif"]
 

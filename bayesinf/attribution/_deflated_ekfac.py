@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bayesinf._task import Task
 from bayesinf.attribution._pairwise import Attribution, require_damping, score
-from bayesinf.attribution._scores import register
+from bayesinf.attribution._registry import register
 from bayesinf.attribution._scoring import Scoring, resolve
 from bayesinf.attribution._solved import Of, Preconditioner, product
 from bayesinf.curvature._accounting import Costs

@@ -8,7 +8,7 @@ import xarray as xr
 
 from bayesinf._task import Task
 from bayesinf.attribution._kronecker_scores import kronecker_scores
-from bayesinf.attribution._scores import register
+from bayesinf.attribution._registry import register
 from bayesinf.attribution._scoring import Scoring
 from bayesinf.curvature._curvature import Curvature, Damping
 from bayesinf.curvature._fit import Fisher

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from bayesinf._likelihoods import require
+from bayesinf._scores import text_labels
 from bayesinf._task import Task
-from bayesinf.attribution._scores import text_labels
 from bayesinf.curvature._sources import Tokens, token_grid
 
 __all__ = ["Labels", "make_labels"]

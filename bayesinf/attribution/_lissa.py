@@ -9,7 +9,7 @@ import xarray as xr
 
 from bayesinf._task import Task
 from bayesinf.attribution._pairwise import require_damping
-from bayesinf.attribution._scores import register
+from bayesinf.attribution._registry import register
 from bayesinf.attribution._scoring import Scoring, resolve
 from bayesinf.attribution._solved import Of, product, solved_scores
 from bayesinf.curvature import _neumann as solver

@@ -17,9 +17,9 @@ import xarray as xr
 from torch import Tensor
 
 from bayesinf._data import Batch
+from bayesinf._scores import label_scores
 from bayesinf._task import Task
 from bayesinf.attribution._labels import Labels, make_labels
-from bayesinf.attribution._scores import label_scores
 from bayesinf.attribution._scoring import Options
 from bayesinf.attribution._sinks import MatrixSink, Sink, StoreSink, TopSink
 from bayesinf.curvature._accounting import Costs

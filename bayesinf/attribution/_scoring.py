@@ -13,7 +13,7 @@ from typing import Any, Literal, TypedDict
 
 import torch
 
-from bayesinf._task import Measurement
+from bayesinf._task import Measurement, measurement_name
 from bayesinf.curvature._sources import Tokens
 
 __all__ = ["Options", "Scoring", "resolve"]
@@ -88,12 +88,9 @@ class Options:
 
     def attrs(self) -> dict[str, Any]:
         """What is worth recording with the scores."""
-        named = self.measurement
-        if callable(named):
-            named = str(getattr(named, "__name__", type(named).__name__))
         dtype = self.gradient_dtype
         return {
-            "measurement": named,
+            "measurement": measurement_name(self.measurement),
             "batch_size": self.batch_size,
             "train_tokens": self.train_tokens,
             "query_tokens": self.query_tokens,

@@ -12,8 +12,8 @@ import xarray as xr
 import zarr
 
 from bayesinf._layout import identity
+from bayesinf._scores import finite, label_scores, text_labels
 from bayesinf.attribution._labels import Labels
-from bayesinf.attribution._scores import finite, label_scores, text_labels
 
 __all__ = ["MatrixSink", "Sink", "StoreSink", "TopSink"]
 

@@ -16,15 +16,10 @@ import numpy as np
 import xarray as xr
 from torch import Tensor
 
-from bayesinf._task import Measurement, Task
+from bayesinf._scores import text_labels, versions
+from bayesinf._task import Measurement, Task, measurement_name
 from bayesinf.evaluation._problem import ModelFactory
-from bayesinf.evaluation._responses import (
-    labels,
-    measurement_name,
-    require_settings,
-    versions,
-    warn_unconverged,
-)
+from bayesinf.evaluation._responses import require_settings, warn_unconverged
 from bayesinf.evaluation._stages import STAGES, Stage, Stages, retrain_without, standard_error
 from bayesinf.evaluation._statistics import correlate
 from bayesinf.evaluation._training import SGDRecipe
@@ -167,7 +162,7 @@ def response_gaps(
     origin = local.origin
     change = {name: s.change(None if reference == "retrained" else origin)
               for name, s in stages.items()} | predictions  # fmt: skip
-    ids = {"query": labels(task.query.ids), "train": labels(task.train.ids)}
+    ids = {"query": text_labels(task.query.ids), "train": text_labels(task.train.ids)}
     similar = {k for k, s in _named(solvers).items() if s.attrs.get("estimand") == "similarity"}
     return xr.Dataset(
         {
@@ -178,8 +173,8 @@ def response_gaps(
             **_gap_variables(change, error, similar),
         },
         coords={
-            "stage": labels(np.array(list(change))),
-            "group": labels(names),
+            "stage": text_labels(np.array(list(change))),
+            "group": text_labels(names),
             **ids,
             **_gap_coords(list(change)),
         },
@@ -237,7 +232,7 @@ def _pairs(stages: list[str]) -> list[tuple[str, str, str]]:
 
 
 def _gap_coords(stages: list[str]) -> dict[str, Any]:
-    gap, before, after = (labels(np.array(x)) for x in zip(*_pairs(stages), strict=True))
+    gap, before, after = (text_labels(np.array(x)) for x in zip(*_pairs(stages), strict=True))
     return {"gap": gap, "before": ("gap", before), "after": ("gap", after)}
 
 

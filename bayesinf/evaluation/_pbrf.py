@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -13,16 +12,11 @@ import torch
 import xarray as xr
 from tqdm import tqdm
 
-from bayesinf._task import Measurement, Task
+from bayesinf._scores import label_scores, text_labels
+from bayesinf._task import Measurement, Task, measurement_name
 from bayesinf.evaluation._descent import minimise
 from bayesinf.evaluation._proximal import MOST_ROWS, Neighbourhood, Objective, fit_metric
-from bayesinf.evaluation._responses import (
-    labels,
-    measurement_name,
-    require_settings,
-    versions,
-    warn_unconverged,
-)
+from bayesinf.evaluation._responses import require_settings, warn_unconverged
 
 __all__ = ["pbrf"]
 
@@ -163,10 +157,6 @@ def pbrf(
         by_train["nonlinearity"] = _relative_change(influence, half)
     warn_unconverged(ids, by_train["residual"], tolerance, max_iterations)
     attrs: dict[str, Any] = {
-        "method": "pbrf",
-        "estimand": "influence",
-        "checkpoints": 1,
-        **versions(),
         "checkpoint": task.fingerprint()["checkpoint"],
         "n": task.n,
         "parameters": task.dimension,
@@ -178,20 +168,22 @@ def pbrf(
         "examples": len(divergence.nonzero()),
         "rank": len(metric.values),
         "seed": seed,
-        "seconds": json.dumps({name: round(spent, 6) for name, spent in seconds.items()}),
+        "seconds": {name: round(spent, 6) for name, spent in seconds.items()},
         "forward_examples": near.forward_examples,
         "backward_examples": near.backward_examples,
         "passes": near.backward_examples / len(near.positions),
     }
     if check_linearity:
         attrs["nonlinearity"] = float(by_train["nonlinearity"].max())
-    return xr.Dataset(
+    return label_scores(
         {
             "influence": (("query", "train"), np.ascontiguousarray(influence.T)),
-            **{name: ("train", array) for name, array in by_train.items()},
+            **{name: (("train",), array) for name, array in by_train.items()},
         },
-        coords={"query": labels(task.query.ids), "train": labels(ids)},
-        attrs=attrs,
+        {"query": text_labels(task.query.ids), "train": text_labels(ids)},
+        "pbrf",
+        "influence",
+        attrs,
     )
 
 

@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from torch import nn
 
 from bayesinf._data import Examples
 from bayesinf._likelihoods import Likelihood
+from bayesinf._scores import versions
 from bayesinf.evaluation._training import SGDRecipe, initialise
 
 __all__ = ["ModelFactory", "Problem", "Row", "examples", "make_problem"]
@@ -75,11 +75,7 @@ class Problem:
         attrs["fraction"] = float(self.mask.mean())
         if "seed" in subsets.attrs:
             attrs["subset_seed"] = int(subsets.attrs["seed"])
-        for package in ("bayesinf", "torch", "numpy"):
-            try:
-                attrs[f"{package}_version"] = version(package)
-            except PackageNotFoundError:
-                continue
+        attrs |= versions()
         default = np.arange(len(self.mask))
         return xr.Dataset(
             {

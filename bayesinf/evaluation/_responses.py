@@ -1,18 +1,16 @@
-"""What the proximal Bregman responses share: checked settings, warnings, labels."""
+"""What the proximal Bregman responses share: checked settings and warnings."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
 
 from bayesinf._diagnostics import ConvergenceWarning
-from bayesinf._task import Measurement
 
-__all__ = ["labels", "measurement_name", "require_settings", "versions", "warn_unconverged"]
+__all__ = ["require_settings", "warn_unconverged"]
 
 
 def require_settings(damping: Any, tolerance: Any, max_iterations: Any, rank: Any) -> None:
@@ -56,26 +54,3 @@ def warn_unconverged(
             ConvergenceWarning,
             stacklevel=3,
         )
-
-
-def measurement_name(measurement: Measurement) -> str:
-    """Return the name that scores of a measurement carry."""
-    if isinstance(measurement, str):
-        return measurement
-    return str(getattr(measurement, "__name__", type(measurement).__name__))
-
-
-def labels(ids: np.ndarray) -> np.ndarray:
-    """Ids as all scores hold them: text of variable length, for Zarr."""
-    return ids.astype(np.dtypes.StringDType()) if ids.dtype.kind in "UO" else ids
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of what computed."""
-    found = {}
-    for package in ("bayesinf", "torch", "numpy"):
-        try:
-            found[f"{package}_version"] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -8,7 +8,7 @@ from torch import nn
 import bayesinf as bi
 from bayesinf.attribution._grad_cos import grad_cos
 from bayesinf.attribution._grad_dot import grad_dot
-from bayesinf.attribution._scores import METHODS
+from bayesinf.attribution._registry import METHODS
 from tests import exact
 from tests.layered_cases import LAYERED, LAYERED_BY_NAME
 

@@ -10,7 +10,7 @@ from torch import nn
 import bayesinf as bi
 from bayesinf import ekfac, fit_curvature, kfac
 from bayesinf.attribution import _pairwise
-from bayesinf.attribution._scores import METHODS
+from bayesinf.attribution._registry import METHODS
 from bayesinf.curvature._accounting import Costs
 from tests import exact
 from tests.layered_cases import LAYERED, LAYERED_BY_NAME

@@ -9,7 +9,7 @@ from torch import nn
 import bayesinf as bi
 from bayesinf import fit_curvature
 from bayesinf.attribution import _pairwise
-from bayesinf.attribution._scores import METHODS
+from bayesinf.attribution._registry import METHODS
 from tests import exact
 from tests.layered_cases import LAYERED_BY_NAME
 

@@ -8,7 +8,7 @@ import torch
 import xarray as xr
 from torch import nn
 
-from bayesinf.attribution._scores import make_scores
+from bayesinf._scores import make_scores
 from bayesinf.evaluation import (
     SGDRecipe,
     lds,

@@ -1,4 +1,4 @@
-"""The one format of scores: a labelled ``xarray.Dataset``, and the registry of methods.
+"""The one format of scores: a labelled ``xarray.Dataset``.
 
 ``influence[query, train] = d E[φ_query] / d b_train``: negative = helpful (up-weighting the
 training example lowers the query's loss). Methods that only rank store ``−similarity`` in the same
@@ -8,42 +8,15 @@ variable and say so in ``attrs["estimand"]``.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
 import xarray as xr
 
-__all__ = ["METHODS", "Method", "finite", "label_scores", "make_scores", "register", "text_labels"]
+__all__ = ["finite", "label_scores", "make_scores", "text_labels", "versions"]
 
 ESTIMANDS = ("influence", "similarity")
-
-
-@dataclass(frozen=True)
-class Method:
-    """A row of the registry: a function ``(task, …) -> xr.Dataset`` and what it needs."""
-
-    name: str
-    function: Callable[..., xr.Dataset]
-    estimand: str
-    summary: str
-
-
-METHODS: dict[str, Method] = {}
-
-
-def register(
-    estimand: str, summary: str
-) -> Callable[[Callable[..., xr.Dataset]], Callable[..., xr.Dataset]]:
-    """Add a method to the registry under its function's name."""
-
-    def add(function: Callable[..., xr.Dataset]) -> Callable[..., xr.Dataset]:
-        METHODS[function.__name__] = Method(function.__name__, function, estimand, summary)
-        return function
-
-    return add
 
 
 def make_scores(
@@ -114,7 +87,7 @@ def label_scores(
     """
     if estimand not in ESTIMANDS:
         raise ValueError(f"estimand must be one of {ESTIMANDS}; got {estimand!r}.")
-    meta = {"method": method, "estimand": estimand, "checkpoints": 1, **_versions(), **attrs}
+    meta = {"method": method, "estimand": estimand, "checkpoints": 1, **versions(), **attrs}
     scores = xr.Dataset(
         arrays,
         coords=coords,
@@ -152,7 +125,8 @@ def text_labels(ids: np.ndarray) -> np.ndarray:
     return ids.astype(np.dtypes.StringDType()) if ids.dtype.kind in "UO" else ids
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Versions of what computed, as attributes."""
     found = {}
     for package in ("bayesinf", "torch", "numpy"):
         try:
