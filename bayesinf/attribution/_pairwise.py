@@ -23,15 +23,8 @@ from bayesinf.attribution._labels import Labels, make_labels
 from bayesinf.attribution._scoring import Options
 from bayesinf.attribution._sinks import MatrixSink, Sink, StoreSink, TopSink
 from bayesinf.curvature._accounting import Costs
-from bayesinf.curvature._rows import (
-    Explicit,
-    Factored,
-    Rows,
-    gram,
-    inner,
-    squared_norms,
-    unstack,
-)
+from bayesinf.curvature._inner import gram, inner, squared_norms
+from bayesinf.curvature._rows import Explicit, Factored, Rows, unstack
 from bayesinf.curvature._sources import GradientSource, Tokens, token_grid
 
 __all__ = ["Attribution", "require_damping", "score"]

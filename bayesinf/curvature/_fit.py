@@ -31,10 +31,11 @@ from bayesinf.curvature._bases import DenseBasis, StandardBasis, rotate_rows
 from bayesinf.curvature._capture import Capture, Record, require_finite
 from bayesinf.curvature._curvature import Block, Curvature
 from bayesinf.curvature._find import find_layers
+from bayesinf.curvature._inner import squared_norms
 from bayesinf.curvature._kronecker import outer_moment, second_moment
 from bayesinf.curvature._kronecker_sums import KroneckerSums
 from bayesinf.curvature._layers import Layer
-from bayesinf.curvature._rows import Rows, squared_norms
+from bayesinf.curvature._rows import Rows
 from bayesinf.curvature._spool import Spool
 
 __all__ = ["Fisher", "Form", "Sequence", "choose_forms", "fit_curvature"]

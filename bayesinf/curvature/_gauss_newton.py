@@ -22,7 +22,8 @@ from bayesinf._likelihoods import require
 from bayesinf._task import Task
 from bayesinf.curvature._accounting import Costs
 from bayesinf.curvature._definite import cholesky, require_memory, smallest_eigenvalue
-from bayesinf.curvature._rows import Explicit, Factored, Rows, concatenate, gram, widen
+from bayesinf.curvature._inner import gram
+from bayesinf.curvature._rows import Explicit, Factored, Rows, concatenate, widen
 from bayesinf.curvature._sources import GradientSource
 
 __all__ = ["DenseInverse", "ExampleSpaceInverse", "fit_gauss_newton"]

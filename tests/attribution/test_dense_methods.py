@@ -16,6 +16,7 @@ from bayesinf.curvature import (
     _definite,
     _gauss_newton,
     _hessian,
+    _inner,
     _rows,
     dense_hessian,
 )
@@ -112,7 +113,7 @@ def test_blocks_do_not_change_scores(monkeypatch):
     for name in ("mlp-categorical", "cnn"):
         task = LAYERED_BY_NAME[name].task()
         expected = {s: gauss_newton(task, damping=0.1, solver=s).influence for s in SOLVERS}
-        monkeypatch.setattr(_rows, "_CHUNK", 700)
+        monkeypatch.setattr(_inner, "CHUNK", 700)
         monkeypatch.setattr(_rows._Rows.chunks, "__defaults__", (700,))
         monkeypatch.setattr(_gauss_newton, "_CHUNK", 700)
         for solver in SOLVERS:

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from bayesinf.curvature import _rows
+from bayesinf.curvature import _inner, _rows
 from bayesinf.curvature._bases import (
     DenseBasis,
     KroneckerBasis,
@@ -13,6 +13,7 @@ from bayesinf.curvature._bases import (
     precondition,
     rotate_rows,
 )
+from bayesinf.curvature._inner import gram, inner, squared_norms
 from bayesinf.curvature._rows import (
     Explicit,
     Factored,
@@ -20,10 +21,7 @@ from bayesinf.curvature._rows import (
     Indexed,
     concatenate,
     flat_rows,
-    gram,
-    inner,
     mixed,
-    squared_norms,
     stack,
     unstack,
     widen,
@@ -80,8 +78,8 @@ def close(got, expected):
 @pytest.fixture(params=[None, 1, 40], ids=["whole", "single", "chunks"])
 def chunks(request, monkeypatch):
     if request.param:
-        monkeypatch.setattr(_rows, "_CHUNK", request.param)
-        monkeypatch.setattr(_rows, "_TILE", request.param)
+        monkeypatch.setattr(_inner, "CHUNK", request.param)
+        monkeypatch.setattr(_inner, "_TILE", request.param)
         monkeypatch.setattr(_rows._Rows.chunks, "__defaults__", (request.param,))
 
 
@@ -118,9 +116,9 @@ def test_the_contraction_of_few_matrices_with_many_outer_products():
     for p, m in ((40, 6), (6, 40)):
         x = Explicit(draw(3, 2, p, m))
         y = Factored(draw(9, 2, 1, p), draw(9, 1, m))
-        assert _rows._contracts(x, y)
+        assert _inner._contracts(x, y)
         close(gram([x], [y]), x.flat() @ y.flat().T)
-        assert not _rows._contracts(Explicit(draw(30, 2, p, m)), y)
+        assert not _inner._contracts(Explicit(draw(30, 2, p, m)), y)
 
 
 @kinds
