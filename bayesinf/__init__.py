@@ -47,7 +47,7 @@ from bayesinf.evaluation import (
     save_bank,
     train_one,
 )
-from bayesinf.samplers import SGLD, RMSpropSGLD
+from bayesinf.samplers import SGLD, Preconditioner, RMSpropSGLD, Underdamped
 
 __version__ = "0.1.0.dev0"
 
@@ -65,6 +65,7 @@ __all__ = [
     "Likelihood",
     "LocalPosterior",
     "NotPositiveDefiniteError",
+    "Preconditioner",
     "RMSpropSGLD",
     "SGDRecipe",
     "Scoring",
@@ -73,6 +74,7 @@ __all__ = [
     "StoreError",
     "Task",
     "TraceStore",
+    "Underdamped",
     "VectorizationWarning",
     "astra",
     "bif",

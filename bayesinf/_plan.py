@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -112,12 +112,10 @@ class Plan:
 
     def config(self) -> dict[str, Any]:
         """Everything that decides a draw, JSON-able."""
-        kernel = type(self.sampler).__name__
-        settings = {k: v for k, v in asdict(self.sampler).items() if not isinstance(v, Tensor)}  # type: ignore[call-overload]
         config = {
             "task": self.posterior.task.fingerprint(),
             "posterior": self.posterior.config(),
-            "sampler": {"kernel": kernel, **settings},
+            "sampler": _kernel(self.sampler),
             "warmup": self.warmup,
             "chains": self.chains,
             "thin": self.thin,
@@ -133,6 +131,13 @@ class Plan:
         }
         plain: dict[str, Any] = json.loads(json.dumps(config, default=lambda number: number.item()))
         return plain
+
+
+def _kernel(sampler: Sampler) -> dict[str, Any]:
+    """Name and settings of a kernel; a setting with many numbers gives a digest of them."""
+    settings = {f.name: getattr(sampler, f.name) for f in fields(sampler)}  # type: ignore[arg-type]
+    plain = {k: v.config() if hasattr(v, "config") else v for k, v in settings.items()}
+    return {"kernel": type(sampler).__name__, **plain}
 
 
 def _digest(ids: np.ndarray) -> str:

@@ -7,7 +7,7 @@ import os
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -129,6 +129,7 @@ def sample(
     """
     if device is not None:
         posterior = replace(posterior, task=posterior.task.to(torch.device(device)))
+    sampler = _move(sampler, posterior.task.device)
     plan = Plan.make(
         posterior, sampler, draws, warmup, chains, thin, batch_size, seed, superchains, jitter,
         observe, measurements,
@@ -150,6 +151,13 @@ def sample(
             stacklevel=2,
         )
     return traces
+
+
+def _move(sampler: Sampler, device: torch.device) -> Sampler:
+    """Put what a kernel is made of where the chains are."""
+    parts = {f.name: getattr(sampler, f.name) for f in fields(sampler)}  # type: ignore[arg-type]
+    moved = {name: part.to(device) for name, part in parts.items() if hasattr(part, "to")}
+    return replace(sampler, **moved) if moved else sampler  # type: ignore[type-var]
 
 
 def _prepare_store(

@@ -114,10 +114,10 @@ def within(*prefixes):
     ("modules", "never"),
     [
         (within("bayesinf.samplers"),
-         ["_sampling", "_traces", "_data_store", "_diagnostics", "curvature", "attribution"]),
+         ["_sampling", "_traces", "_data_store", "_diagnostics", "attribution"]),
         (within("bayesinf.curvature"),
          ["samplers", "_sampling", "_traces", "_posterior", "_gradients", "attribution"]),
-        (within("bayesinf._sampling"), ["curvature", "attribution"]),
+        (within("bayesinf._sampling"), ["attribution"]),
         (within("bayesinf.attribution"), ["samplers", "_sampling", "_posterior", "_gradients"]),
         (within("bayesinf.evaluation"),
          ["samplers", "_sampling", "_traces", "_posterior", "curvature", "attribution"]),
@@ -133,6 +133,11 @@ def test_imports_point_one_way(modules, never):
                 continue
             bad = [n for n in closure(name) if f"{n}.".startswith(f"bayesinf.{part}.")]
             assert not bad, f"{name} needs {bad}"
+
+
+def test_the_driver_takes_kernels_as_they_are():
+    for name in ("bayesinf._sampling", "bayesinf._plan", "bayesinf._posterior"):
+        assert not [n for n in direct(name) if n.startswith("bayesinf.curvature")]
 
 
 def test_only_figures_draw():

@@ -59,7 +59,11 @@ def test_layout_opens_with_plain_xarray(tmp_path, text):
     assert tree.sample_stats.lp.dims == ("chain", "draw")
     assert tree.attrs["config"]["posterior"] == bi.LocalPosterior(task, 10.0, 5.0).config()
     assert tree.attrs["config"]["task"]["checkpoint"] == task.fingerprint()["checkpoint"]
-    assert tree.attrs["config"]["sampler"] == {"kernel": "SGLD", "step_size": 0.02}
+    assert tree.attrs["config"]["sampler"] == {
+        "kernel": "SGLD",
+        "step_size": 0.02,
+        "preconditioner": None,
+    }
     assert zarr.open_group(path, mode="r").metadata.zarr_format == 3
     assert zarr.open_array(path / "train" / "loss", mode="r").chunks[0] == 1
     assert bi.open_traces(path).draws == 30

@@ -19,7 +19,7 @@ from bayesinf._task import Task
 from bayesinf.curvature._bases import Basis, DenseBasis, KroneckerBasis, StandardBasis, precondition
 from bayesinf.curvature._definite import NotPositiveDefiniteError
 from bayesinf.curvature._layers import Layer
-from bayesinf.curvature._operator import multiply
+from bayesinf.curvature._operator import Factor, multiply
 from bayesinf.curvature._rows import Rows
 
 __all__ = ["Block", "Curvature", "Damping"]
@@ -225,7 +225,29 @@ class Curvature:
         noise = torch.randn(
             count, self.shape[0], generator=generator, dtype=self.dtype, device=self.device
         )
-        return self.sqrt().apply(noise)
+        return self.factor().apply(noise)
+
+    def factor(self) -> Factor:
+        """``F`` with ``F Fᵀ = C``: the symmetric root.
+
+        Raises
+        ------
+        NotPositiveDefiniteError
+            If an eigenvalue is negative.
+        """
+        root = self.sqrt()
+        return Factor(root.apply, root.apply)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every number in it, by block and name."""
+        return {
+            f"{i}.{name}": tensor
+            for i, block in enumerate(self.blocks)
+            for name, tensor in {
+                "eigenvalues": block.eigenvalues,
+                **block.basis.tensors(),
+            }.items()
+        }
 
     def dense(self) -> Tensor:
         """The matrix ``(d, d)``; for small networks."""

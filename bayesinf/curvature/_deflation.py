@@ -14,15 +14,15 @@ Source: Frangioni & Gentile 2001; Gower, Le Roux & Bach 2018, for preconditioner
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
 
 from bayesinf.curvature._definite import NotPositiveDefiniteError
 from bayesinf.curvature._lanczos import Ends, top_eigenpairs
-from bayesinf.curvature._operator import SymmetricOperator, multiply
+from bayesinf.curvature._operator import Factor, SymmetricOperator, multiply
 
 __all__ = ["DeflatedInverse", "deflate"]
 
@@ -33,6 +33,10 @@ class _Root(SymmetricOperator, Protocol):
     def sqrt(self) -> _Root: ...
 
     def logdet(self) -> float: ...
+
+    def tensors(self) -> dict[str, Tensor]: ...
+
+    def to(self, device: torch.device | str) -> Self: ...
 
 
 class Invertible(Protocol):
@@ -61,7 +65,7 @@ class DeflatedInverse:
         Matrix–vector products that it took.
     """
 
-    root: SymmetricOperator
+    root: _Root
     vectors: Tensor
     values: Tensor
     root_logdet: float
@@ -102,7 +106,29 @@ class DeflatedInverse:
         noise = torch.randn(
             count, self.shape[0], generator=generator, dtype=self.dtype, device=self.device
         )
-        return self.root.apply(self._scale(noise, self.values.rsqrt()))
+        return self.factor().apply(noise)
+
+    def factor(self) -> Factor:
+        """``F = W [I + Σ_i (θ_i^{-1/2} − 1) u_i u_iᵀ]``, with ``F Fᵀ = M``."""
+        scales = self.values.rsqrt()
+        return Factor(
+            lambda rows: self.root.apply(self._scale(rows, scales)),
+            lambda rows: self._scale(self.root.apply(rows), scales),
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every number in it, by name."""
+        root = {f"root.{name}": tensor for name, tensor in self.root.tensors().items()}
+        return {**root, "vectors": self.vectors, "values": self.values}
+
+    def to(self, device: torch.device | str) -> Self:
+        """Return the operator on another device."""
+        return replace(
+            self,
+            root=self.root.to(device),
+            vectors=self.vectors.to(device),
+            values=self.values.to(device),
+        )
 
     def logdet(self) -> float:
         """Logarithm of the determinant, ``log det W² − Σ_i log θ_i``."""

@@ -6,11 +6,13 @@ rows ``(..., d)``; ``operator @ v`` as the columns of a matrix, ``(d,)`` or ``(d
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-__all__ = ["SymmetricOperator", "multiply"]
+__all__ = ["Factor", "SymmetricOperator", "multiply"]
 
 
 @runtime_checkable
@@ -27,6 +29,22 @@ class SymmetricOperator(Protocol):
         ...
 
     def __matmul__(self, v: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A matrix ``F`` with ``F Fᵀ`` a given operator: what draws and changes of coordinates need.
+
+    Attributes
+    ----------
+    apply
+        ``F`` times every row of ``(..., d)``.
+    apply_transpose
+        ``Fᵀ`` times every row.
+    """
+
+    apply: Callable[[Tensor], Tensor]
+    apply_transpose: Callable[[Tensor], Tensor]
 
 
 def multiply(operator: SymmetricOperator, v: Tensor) -> Tensor:

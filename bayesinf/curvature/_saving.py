@@ -34,12 +34,10 @@ def save_curvature(curvature: Curvature, path: str | os.PathLike[str]) -> None:
     """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors: dict[str, torch.Tensor] = {}
+    tensors = {name: tensor.contiguous() for name, tensor in curvature.tensors().items()}
     blocks = []
-    for i, block in enumerate(curvature.blocks):
+    for block in curvature.blocks:
         kind = next(k for k, like in _BASES.items() if type(like) is type(block.basis))
-        own = {"eigenvalues": block.eigenvalues, **block.basis.tensors()}
-        tensors |= {f"{i}.{name}": tensor.contiguous() for name, tensor in own.items()}
         blocks.append({"layer": asdict(block.layer), "form": block.form, "basis": kind})
     described = {
         "format": _FORMAT,

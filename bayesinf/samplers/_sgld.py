@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bayesinf._posterior import Potential
 from bayesinf._rng import ChainGenerators
+from bayesinf.samplers._preconditioner import Preconditioner, pull, push
 from bayesinf.samplers._protocol import State
 
 __all__ = ["SGLD"]
@@ -16,17 +17,21 @@ __all__ = ["SGLD"]
 
 @dataclass(frozen=True)
 class SGLD:
-    r"""``w ← w − (ε/2) ∇U_B(w) + √ε ξ``, ``ξ ~ N(0, I)``.
+    r"""``w ← w − (ε/2) P ∇U_B(w) + √ε S ξ``, ``ξ ~ N(0, I)``, ``P = S Sᵀ``.
 
     On a quadratic potential with Hessian ``A`` and exact gradients the stationary covariance is
-    ``A⁻¹(I − εA/4)⁻¹``; it exists iff ``ε a_max < 4``, and the slowest direction relaxes in about
-    ``2/(ε a_min)`` steps.
+    ``S Ã⁻¹(I − εÃ/4)⁻¹ Sᵀ`` with ``Ã = Sᵀ A S``; it exists iff ``ε ã_max < 4``, and the slowest
+    direction relaxes in about ``2/(ε ã_min)`` steps. Without a preconditioner ``Ã = A``, whose
+    directions differ by orders of magnitude; with that of a curvature they are of order 1.
 
     Parameters
     ----------
     step_size
-        ``ε > 0``, in units of the inverse potential Hessian: stiff directions have
-        ``a = nβ h + γ``, so ``ε`` scales with ``1/nβ``.
+        ``ε > 0``. Without a preconditioner in units of the inverse Hessian of the potential: stiff
+        directions have ``a = nβ h + γ``, so ``ε`` scales with ``1/nβ``. With one it is a pure
+        number.
+    preconditioner
+        ``P``; None is the identity.
 
     Raises
     ------
@@ -35,10 +40,11 @@ class SGLD:
 
     References
     ----------
-    Welling and Teh 2011, eq. 4.
+    Welling and Teh 2011, eq. 4; with a constant preconditioner Girolami and Calderhead 2011, eq. 6.
     """
 
     step_size: float
+    preconditioner: Preconditioner | None = None
 
     def __post_init__(self) -> None:
         if not self.step_size > 0:
@@ -53,10 +59,10 @@ class SGLD:
     ) -> tuple[State, dict[str, Any]]:
         """One Euler–Maruyama step."""
         position = state["position"]
-        drift = potential.grad(position, batch)
+        drift = pull(self.preconditioner, potential.grad(position, batch))
         noise = rng.normal_like(position)
         moved = noise.mul_(self.step_size**0.5).add_(drift, alpha=-0.5 * self.step_size)
-        return {"position": moved.add_(position)}, {}
+        return {"position": push(self.preconditioner, moved).add_(position)}, {}
 
     def freeze(self, state: State) -> State:
         """Nothing adapts."""
