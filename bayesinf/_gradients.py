@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.func import grad_and_value
 from torch.nn.modules.conv import _ConvNd
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from bayesinf._data import Batch
 from bayesinf._task import Measurement, Task
@@ -27,6 +27,14 @@ from bayesinf._tracing import record
 __all__ = ["ChainFunctions", "VectorizationWarning"]
 
 _MAX_VECTORIZED_PARAMETERS = 1_000_000
+
+_TOLERANCE = {
+    torch.float64: 1e-8,
+    torch.float32: 1e-3,
+    torch.float16: 2e-2,
+    torch.bfloat16: 0.15,
+}
+"""How far a trace may differ from the plain computation, relative to the largest number."""
 
 
 class VectorizationWarning(UserWarning):
@@ -41,10 +49,10 @@ class ChainFunctions:
     task
         The task.
     vectorize
-        True or False to force. None vectorises the gradients of networks of up to 10⁶ selected
-        parameters, where a step costs mostly what launching its operations costs, and the
-        observations of networks without convolutions (vectorised ones are grouped convolutions,
-        four times slower on large batches).
+        True or False to force. None vectorises networks of up to 10⁶ selected parameters, where a
+        step costs mostly what launching its operations costs; of networks with convolutions only
+        the chains' own minibatches (vectorised ones are grouped convolutions, two to four times
+        slower on the large batches that all chains share).
     """
 
     def __init__(self, task: Task, vectorize: bool | None = None) -> None:
@@ -53,21 +61,30 @@ class ChainFunctions:
             task.dimension <= _MAX_VECTORIZED_PARAMETERS if vectorize is None else vectorize
         )
         convolutional = any(isinstance(m, _ConvNd) for m in task.module.modules())
-        self.vectorize_observations = vectorize is True or not convolutional
+        self._vectorize_shared = vectorize is True or not convolutional
         self._forced = vectorize is True
         self._traces: dict[Any, Callable[..., list[Tensor]]] = {}
 
-    def loss_grad(self, position: Tensor, batch: Batch, *, shared: bool) -> tuple[Tensor, Tensor]:
-        """Gradient ``(C, d)`` and value ``(C,)`` of the batch's **mean** loss at each position."""
+    def loss_grad(
+        self, position: Tensor, batch: Batch, *, shared: bool, weights: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Gradient ``(C, d)`` of the batch's mean loss at each position, and losses ``(C, B)``.
 
-        def one(w: Tensor, batch: Batch) -> list[Tensor]:
-            def mean_loss(w: Tensor) -> Tensor:
-                return self.task.losses(self.task.unflatten(w), batch).mean()
+        With weights, ``(B,)`` or ``(C, B)`` as the batch, the gradient is that of the mean of
+        ``weight · loss``; the losses are what they are.
+        """
 
-            return list(grad_and_value(mean_loss)(w))
+        def one(w: Tensor, batch: Batch, *weights: Tensor) -> list[Tensor]:
+            def mean_loss(w: Tensor) -> tuple[Tensor, Tensor]:
+                losses = self.task.losses(self.task.unflatten(w), batch)
+                return (losses * weights[0] if weights else losses).mean(), losses
 
-        grad, loss = self._run("loss_grad", one, position, batch, shared)
-        return grad, loss
+            gradient, (_, losses) = grad_and_value(mean_loss, has_aux=True)(w)
+            return [gradient, losses]
+
+        given = (batch,) if weights is None else (batch, weights)
+        gradient, losses = self._run("loss_grad", one, position, given, shared)
+        return gradient, losses
 
     def observe(
         self, position: Tensor, batch: Batch, measurements: Sequence[Measurement]
@@ -78,56 +95,55 @@ class ChainFunctions:
             params = self.task.unflatten(w)
             return [self.task.measure(m, params, batch) for m in measurements]
 
-        if not self.vectorize_observations:
-            return _loop(one, position, batch, True)
-        return self._run(("observe", *measurements), one, position, batch, True)
+        return self._run(("observe", *measurements), one, position, (batch,), True)
 
     # ------------------------------------------------------------------ how it runs
 
     def _run(
         self,
         key: Any,
-        one: Callable[[Tensor, Batch], list[Tensor]],
+        one: Callable[..., list[Tensor]],
         position: Tensor,
-        batch: Batch,
+        given: tuple[Any, ...],
         shared: bool,
     ) -> list[Tensor]:
-        if not self.vectorize:
-            return _loop(one, position, batch, shared)
-        leaves, spec = tree_flatten(batch)
+        """``one(row, *given)`` for every row of ``position``."""
+        if not self.vectorize or (shared and not self._vectorize_shared):
+            return _loop(one, position, given, shared)
+        leaves, spec = tree_flatten(given)
         key = (key, shared, position.shape, *((leaf.shape, leaf.dtype) for leaf in leaves))
         if key not in self._traces:
             try:
                 dims = (0, *([None if shared else 0] * len(leaves)))
 
                 def flat(w: Tensor, *leaves: Tensor) -> list[Tensor]:
-                    return one(w, tree_unflatten(list(leaves), spec))
+                    return one(w, *tree_unflatten(list(leaves), spec))
 
                 self._traces[key] = record(flat, dims, position, *leaves)
-                self._compare(key, one, position, batch, leaves, shared)
+                self._compare(key, one, position, leaves, spec, shared)
             except Exception as error:
                 if self._forced:
                     raise
                 self._fall_back(error)
-                return _loop(one, position, batch, shared)
+                return _loop(one, position, given, shared)
         with torch.no_grad():
             return self._traces[key](position, *leaves)
 
     def _compare(
         self,
         key: Any,
-        one: Callable[[Tensor, Batch], list[Tensor]],
+        one: Callable[..., list[Tensor]],
         position: Tensor,
-        batch: Batch,
         leaves: list[Tensor],
+        spec: TreeSpec,
         shared: bool,
     ) -> None:
         """Check a fresh trace against the plain computation for the last chain."""
-        mine = batch if shared else tree_unflatten([leaf[-1] for leaf in leaves], _spec(batch))
+        mine = tree_unflatten(leaves if shared else [leaf[-1] for leaf in leaves], spec)
         with torch.no_grad():
             traced = [out[-1] for out in self._traces[key](position, *leaves)]
-        tolerance = 1e-3 if position.dtype == torch.float32 else 1e-8
-        for got, expected in zip(traced, one(position[-1], mine), strict=True):
+        tolerance = _TOLERANCE[self.task.module_dtype]
+        for got, expected in zip(traced, one(position[-1], *mine), strict=True):
             scale = expected.detach().abs().max()
             if not bool(torch.isfinite(scale)):
                 continue  # a diverged chain is the driver's business
@@ -148,17 +164,13 @@ class ChainFunctions:
         )
 
 
-def _spec(batch: Batch) -> Any:
-    return tree_flatten(batch)[1]
-
-
 def _loop(
-    one: Callable[[Tensor, Batch], list[Tensor]], position: Tensor, batch: Batch, shared: bool
+    one: Callable[..., list[Tensor]], position: Tensor, given: tuple[Any, ...], shared: bool
 ) -> list[Tensor]:
-    leaves, spec = tree_flatten(batch)
+    leaves, spec = tree_flatten(given)
     rows = []
     with torch.no_grad():
         for c, w in enumerate(position):
-            mine = batch if shared else tree_unflatten([leaf[c] for leaf in leaves], spec)
-            rows.append(one(w, mine))
+            mine = given if shared else tree_unflatten([leaf[c] for leaf in leaves], spec)
+            rows.append(one(w, *mine))
     return [torch.stack(parts) for parts in zip(*rows, strict=True)]

@@ -5,8 +5,15 @@ With mean loss ``L(w) = (1/n) Σ_i ℓ_i(w)`` and checkpoint ``w0``,
     U(w) = nβ L(w) + (nβ·wd/2)‖w‖² + (γ/2)‖w − w0‖²            p(w) ∝ exp(−U(w))
 
 and, tilted, ``U(w) − ⟨∇U(w0), w⟩``: a constant linear term that makes ``w0`` stationary whatever
-the training state. Minibatch gradients of the tilted potential are
-``nβ[∇ℓ_B(w) − ∇ℓ_B(w0)] + (nβ·wd + γ)(w − w0)``, whose noise vanishes at ``w0``.
+the training state. Its gradient is ``nβ[∇L(w) − t] + …`` with ``t = ∇L(w0)``, or 0 untilted.
+
+The potential is exact; what a batch ``B`` estimates is ``∇L``, without bias:
+
+    ∇ℓ_B(w)                              anchor None
+    ∇ℓ_B(w) − ∇ℓ_B(a) + ∇L(a)            anchor a: the noise vanishes at a
+
+where ``∇ℓ_B`` is the mean over the batch of ``weight_i ∇ℓ_i``. With ``a = w0`` and the tilted
+potential ``∇L(w0)`` cancels and is never computed.
 
 Positions are flat: ``(C, d)``, one row per chain. A batch is None (all training examples) or
 positions of examples ``(C, B)``, one row per chain.
@@ -14,6 +21,7 @@ positions of examples ``(C, B)``, one row per chain.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -25,7 +33,7 @@ from torch.func import grad
 from bayesinf._gradients import ChainFunctions
 from bayesinf._task import Task
 
-__all__ = ["LocalPosterior", "Potential", "PotentialKind"]
+__all__ = ["Anchor", "LocalPosterior", "Potential", "PotentialKind"]
 
 PotentialKind = Literal["tilted", "plain"]
 
@@ -120,40 +128,131 @@ class LocalPosterior:
         return Potential(self, ChainFunctions(self.task, vectorize), chunk_size)
 
 
+@dataclass(frozen=True)
+class Anchor:
+    """Where the gradient over all examples is known.
+
+    Attributes
+    ----------
+    position
+        ``(d,)``, or ``(C, d)`` with an anchor for every chain.
+    gradient
+        ``∇L`` there, of the same shape; None at the checkpoint, where the potential knows it.
+    """
+
+    position: Tensor
+    gradient: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """Gradient ``(C, d)`` and losses ``(C, n)`` of all training examples at a position."""
+
+    position: Tensor
+    version: int
+    gradient: Tensor
+    losses: Tensor
+
+    def holds_for(self, position: Tensor) -> bool:
+        """Whether this is the very tensor, and not written to since."""
+        return position is self.position and position._version == self.version
+
+
 class Potential:
-    """The potential of a :class:`LocalPosterior` and its (stochastic) gradient; see the module."""
+    """The potential of a :class:`LocalPosterior` and its (stochastic) gradient; see the module.
+
+    Attributes
+    ----------
+    weights
+        Of the training examples in batches, ``(n,)``; None where they all are 1.
+    anchor
+        What a batch's gradient is compared with.
+    first_evaluated
+        Where the full-batch gradient was computed first since this was last set to None.
+    """
+
+    weights: Tensor | None
+    anchor: Anchor | None
+    first_evaluated: Tensor | None
 
     def __init__(self, posterior: LocalPosterior, functions: ChainFunctions, chunk: int) -> None:
         self.posterior, self.functions, self.chunk = posterior, functions, chunk
         self.center = posterior.task.flatten(posterior.task.params)
+        self.weights, self.first_evaluated = None, None
+        self.anchor = Anchor(self.center) if self._tilted else None
+        self._last: _Evaluation | None = None
+
+    def estimated(self, weights: Tensor | None, anchor: Anchor | None) -> Potential:
+        """Return the same potential with another estimator of its gradient from batches."""
+        other = copy.copy(self)
+        other.weights, other.anchor = weights, anchor
+        return other
 
     @cached_property
     def _center_grad(self) -> Tensor:
         """∇L(w0) over all examples, ``(d,)``."""
-        return self._mean_loss(self.center[None], None)[0][0]
+        return self._all(self.center[None])[0][0]
 
     @property
     def _tilted(self) -> bool:
         return self.posterior.potential == "tilted"
 
+    # ------------------------------------------------------------------ losses and their gradients
+
+    def _all(self, position: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradient ``(C, d)`` of the mean loss and losses ``(C, n)`` of all training examples."""
+        train = self.posterior.task.train
+        grad, losses = torch.zeros_like(position), []
+        for where, chunk in train.batches(self.chunk):
+            g, part = self.functions.loss_grad(position, chunk, shared=True)
+            grad.add_(g, alpha=(where.stop - where.start) / len(train))
+            losses.append(part)
+        return grad, torch.cat(losses, dim=1)
+
+    def evaluate(self, position: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradient ``(C, d)`` of ``L`` and losses ``(C, n)`` of all training examples.
+
+        The last evaluation is kept: at the same tensor it is not computed again.
+        """
+        if self.first_evaluated is None:
+            self.first_evaluated = position
+        if self._last is None or not self._last.holds_for(position):
+            self._last = _Evaluation(position, position._version, *self._all(position))
+        return self._last.gradient, self._last.losses
+
+    def evaluated(self, position: Tensor) -> bool:
+        """Whether :meth:`evaluate` would cost nothing."""
+        return self._last is not None and self._last.holds_for(position)
+
+    def _on_batch(self, position: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
+        """Weighted gradient ``(C, d)`` and value ``(C,)`` of the batch's mean loss."""
+        examples = self.posterior.task.train.batch(batch)
+        weights = None if self.weights is None else self.weights[batch]
+        grad, losses = self.functions.loss_grad(position, examples, shared=False, weights=weights)
+        return grad, (losses if weights is None else losses * weights).mean(1)
+
     def _mean_loss(self, position: Tensor, batch: Tensor | None) -> tuple[Tensor, Tensor]:
         """Plain gradient ``(C, d)`` and value ``(C,)`` of the mean loss over the batch."""
-        train = self.posterior.task.train
         if batch is not None:
-            return self.functions.loss_grad(position, train.batch(batch), shared=False)
-        grad, loss = torch.zeros_like(position), position.new_zeros(len(position))
-        for where, chunk in train.batches(self.chunk):
-            g, v = self.functions.loss_grad(position, chunk, shared=True)
-            share = (where.stop - where.start) / len(train)
-            grad += share * g
-            loss += share * v
-        return grad, loss
+            return self._on_batch(position, batch)
+        grad, losses = self.evaluate(position)
+        return grad, losses.mean(1)
 
-    def _tilt(self, batch: Tensor | None, chains: int) -> Tensor:
-        """Mean-loss gradient at ``w0`` over the same batch, ``(d,)`` or ``(C, d)``."""
-        if batch is None:
-            return self._center_grad
-        return self._mean_loss(self.center.expand(chains, -1), batch)[0]
+    def _shift(self, batch: Tensor | None, chains: int) -> Tensor | None:
+        """What makes a batch's gradient an estimate of ``∇L − t``: ``(d,)``, ``(C, d)`` or None."""
+        tilt = self._center_grad if self._tilted and not self._cancels(batch) else None
+        if batch is None or self.anchor is None:
+            return None if tilt is None else -tilt
+        shift = -self._on_batch(self.anchor.position.expand(chains, -1), batch)[0]
+        if not self._cancels(batch):
+            known = self.anchor.gradient
+            shift += self._center_grad if known is None else known
+        return shift if tilt is None else shift.sub_(tilt)
+
+    def _cancels(self, batch: Tensor | None) -> bool:
+        """Whether the tilt is the gradient at the anchor."""
+        anchored = batch is not None and self.anchor is not None
+        return anchored and self._tilted and self.anchor.gradient is None  # type: ignore[union-attr]
 
     def loss_grad(self, position: Tensor, batch: Tensor | None) -> Tensor:
         """Plain gradient of the batch's mean loss, ``(C, d)`` (what preconditioners adapt to)."""
@@ -161,11 +260,10 @@ class Potential:
 
     def assemble(self, position: Tensor, loss_grad: Tensor, batch: Tensor | None) -> Tensor:
         """Gradient of the potential from :meth:`loss_grad` at the same position and batch."""
-        p = self.posterior
+        p, shift = self.posterior, self._shift(batch, len(position))
+        out = p.n_beta * (loss_grad if shift is None else loss_grad + shift)
         if self._tilted:
-            out = p.n_beta * (loss_grad - self._tilt(batch, len(position)))
             return out.add_(position - self.center, alpha=p.prior_precision)
-        out = p.n_beta * loss_grad
         out.add_(position, alpha=p.prior_precision)
         return out.sub_(self.center, alpha=p.gamma)
 
@@ -190,9 +288,11 @@ class Potential:
 
     def _value(self, position: Tensor, loss: Tensor, batch: Tensor | None) -> Tensor:
         p, delta = self.posterior, position - self.center
+        shift = self._shift(batch, len(position))
+        if shift is not None:
+            loss = loss + (shift * delta).sum(-1)
         if self._tilted:
-            linear = (self._tilt(batch, len(position)) * delta).sum(-1)
-            return p.n_beta * (loss - linear) + 0.5 * p.prior_precision * delta.square().sum(-1)
+            return p.n_beta * loss + 0.5 * p.prior_precision * delta.square().sum(-1)
         decay = 0.5 * p.n_beta * p.weight_decay * position.square().sum(-1)
         return p.n_beta * loss + decay + 0.5 * p.gamma * delta.square().sum(-1)
 
@@ -201,10 +301,12 @@ class Potential:
         p, task = self.posterior, self.posterior.task
         out = p.prior_precision * vector
         for c in range(len(position)):
-            for share, examples in self._shares(None if batch is None else batch[c]):
+            for share, examples, weights in self._shares(None if batch is None else batch[c]):
 
-                def mean_loss(w: Tensor, examples: Any = examples) -> Tensor:
-                    return task.losses(task.unflatten(w), examples).mean()
+                def mean_loss(
+                    w: Tensor, examples: Any = examples, weights: Any = weights
+                ) -> Tensor:
+                    return (weights * task.losses(task.unflatten(w), examples)).mean()
 
                 def slope(w: Tensor, c: int = c) -> Tensor:
                     return grad(mean_loss)(w) @ vector[c]
@@ -212,11 +314,11 @@ class Potential:
                 out[c] += p.n_beta * share * grad(slope)(position[c])
         return out
 
-    def _shares(self, batch: Tensor | None) -> list[tuple[float, Any]]:
+    def _shares(self, batch: Tensor | None) -> list[tuple[float, Any, Any]]:
         train = self.posterior.task.train
         if batch is not None:
-            return [(1.0, train.batch(batch))]
+            return [(1.0, train.batch(batch), 1 if self.weights is None else self.weights[batch])]
         return [
-            ((where.stop - where.start) / len(train), examples)
+            ((where.stop - where.start) / len(train), examples, 1)
             for where, examples in train.batches(self.chunk)
         ]

@@ -12,9 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["BatchStream", "ChainGenerators", "starting_points"]
+__all__ = ["BatchStream", "ChainGenerators", "starting_points", "systematic"]
 
 _NOISE, _BATCHES, _STARTS = 0, 1, 2
+
+_UNREACHED = 2**31
+"""Epochs from here on are never sampled with."""
 
 
 def _sequence(seed: int, *key: int) -> np.random.SeedSequence:
@@ -51,39 +54,105 @@ class ChainGenerators:
 
 
 class BatchStream:
-    """Minibatches without replacement, reshuffled every epoch, a function of the step alone.
+    """Positions of minibatches, a function of seed, chain and step alone.
 
-    An epoch has ``n // batch_size`` batches; the remainder of its permutation is left out, so that
-    every example is as likely in every batch. ``batch_size=None`` means the full batch.
+    Uniform batches are drawn without replacement and reshuffled every epoch of ``n // batch_size``
+    batches; the remainder of a permutation is left out, so that every example is as likely in
+    every batch. With strata each of them is shuffled by itself, and gives every batch its share.
+    With probabilities an epoch is a systematic sample: example ``i`` occurs ``M p_i`` times among
+    its ``M`` places, rounded up or down at random to the right mean, in random order; any one
+    place holds ``i`` with probability ``p_i`` exactly.
+
+    Parameters
+    ----------
+    seed, chains, n
+        What is drawn for whom, from how many.
+    batch_size
+        Examples of a batch; None means the full batch.
+    strata
+        Positions of each stratum and how many of them a batch takes.
+    probabilities
+        ``p (n,)``, summing to 1; not together with strata.
+
+    Raises
+    ------
+    ValueError
+        If the batch size is not between 1 and ``n``.
     """
 
-    def __init__(self, seed: int, chains: int, n: int, batch_size: int | None) -> None:
+    def __init__(
+        self,
+        seed: int,
+        chains: int,
+        n: int,
+        batch_size: int | None,
+        strata: Sequence[tuple[np.ndarray, int]] | None = None,
+        probabilities: np.ndarray | None = None,
+    ) -> None:
         if batch_size is not None and not 1 <= batch_size <= n:
             raise ValueError(
                 f"batch_size must lie between 1 and the {n} training examples, or be None for "
                 f"full-batch gradients; got {batch_size}."
             )
-        self.seed, self.chains, self.n, self.batch_size = seed, chains, n, batch_size
-        self._epoch = -1
-        self._order = np.empty((0, 0), dtype=np.int64)
+        whole = [] if batch_size is None else [(np.arange(n), batch_size)]
+        self.parts = [
+            _Part(seed, chains, members, count, () if strata is None else (h,), probabilities)
+            for h, (members, count) in enumerate(whole if strata is None else strata)
+        ]
 
     def at(self, step: int) -> Tensor | None:
         """Positions ``(C, batch_size)`` of the batch of each chain at a step, or None."""
-        if self.batch_size is None:
+        if not self.parts:
             return None
-        epoch, k = divmod(step, self.n // self.batch_size)
+        rows = [part.at(*divmod(step, part.length)) for part in self.parts]
+        return torch.from_numpy(rows[0] if len(rows) == 1 else np.concatenate(rows, axis=1))
+
+    def probe(self, k: int) -> Tensor | None:
+        """Batches that no run reaches, no two of which share an epoch: independent draws."""
+        rows = [part.at(_UNREACHED + k, k % part.length) for part in self.parts]
+        return torch.from_numpy(np.concatenate(rows, axis=1)) if rows else None
+
+
+class _Part:
+    """Members from which every batch takes ``count``, epoch by epoch of ``length`` batches."""
+
+    def __init__(
+        self,
+        seed: int,
+        chains: int,
+        members: np.ndarray,
+        count: int,
+        key: tuple[int, ...],
+        probabilities: np.ndarray | None,
+    ) -> None:
+        self.seed, self.chains, self.members, self.count = seed, chains, members, count
+        self.key, self.length = key, len(members) // count
+        self.cumulated = None if probabilities is None else np.cumsum(probabilities)
+        self._epoch = -1
+        self._order = np.empty((0, 0), dtype=np.int64)
+
+    def at(self, epoch: int, k: int) -> np.ndarray:
+        """Positions ``(C, count)`` in the ``k``-th batch of an epoch."""
         if epoch != self._epoch:
-            self._order = np.stack(
-                [
-                    np.random.default_rng(_sequence(self.seed, _BATCHES, c, epoch)).permutation(
-                        self.n
-                    )
-                    for c in range(self.chains)
-                ]
-            )
+            self._order = np.stack([self._shuffled(c, epoch) for c in range(self.chains)])
             self._epoch = epoch
-        where = slice(k * self.batch_size, (k + 1) * self.batch_size)
-        return torch.from_numpy(self._order[:, where])
+        return self._order[:, k * self.count : (k + 1) * self.count]
+
+    def _shuffled(self, chain: int, epoch: int) -> np.ndarray:
+        rng = np.random.default_rng(_sequence(self.seed, _BATCHES, chain, epoch, *self.key))
+        if self.cumulated is None:
+            return rng.permutation(self.members)
+        return rng.permutation(systematic(self.cumulated, self.length * self.count, rng.random()))
+
+
+def systematic(cumulated: np.ndarray, size: int, offset: float) -> np.ndarray:
+    """Positions of ``size`` evenly spaced points in cells of a cumulated probability ``(n,)``.
+
+    ``offset`` in [0, 1) moves the points by that share of their spacing; drawn uniformly, it makes
+    the expected count of a cell ``size`` times its probability.
+    """
+    points = (np.arange(size) + offset) * (cumulated[-1] / size)
+    return np.minimum(np.searchsorted(cumulated, points, side="right"), len(cumulated) - 1)
 
 
 def starting_points(

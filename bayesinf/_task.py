@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from bayesinf._data import Batch, Examples
 from bayesinf._likelihoods import Likelihood, require
@@ -37,6 +37,10 @@ class Task:
     batch-norm statistics frozen). The user's module is never touched: weights, ``requires_grad``,
     training flags, hooks and ``.grad`` stay as they are. Tied weights count once, under the name
     that ``named_parameters()`` gives them.
+
+    A network in bfloat16 or float16 can be sampled: its weights are kept in float32 and rounded in
+    the forward pass alone, and losses are computed from its outputs in float32. Classical methods
+    and curvatures need float32 or float64.
 
     Parameters
     ----------
@@ -64,6 +68,10 @@ class Task:
         The selected weights at the checkpoint, ``w0``.
     module : nn.Module
         The task's own frozen copy of the network.
+    dtype : torch.dtype
+        Of weights, gradients and losses: the network's, or float32 where that is half precision.
+    module_dtype : torch.dtype
+        What the network computes in.
     n : int
         Number of training examples.
     dimension : int
@@ -104,11 +112,12 @@ class Task:
         weights = dict(model.named_parameters())
         first = weights[names[0]]
         self.device = torch.device(device) if device is not None else first.device
-        self.dtype = first.dtype
+        self.module_dtype = first.dtype
+        self.dtype = _master(first.dtype)
         self.likelihood = likelihood
         self.module = _frozen_copy(model).to(self.device)
         own = dict(self.module.named_parameters())
-        self.params = {name: own[name].detach() for name in names}
+        self.params = {name: own[name].detach().to(self.dtype) for name in names}
         self.dimension = sum(p.numel() for p in self.params.values())
         self.train = Examples(train, train_ids, "train", self.device, self.dtype, target)
         self.query = Examples(query, query_ids, "query", self.device, self.dtype, target)
@@ -128,6 +137,9 @@ class Task:
     def outputs(self, params: dict[str, Tensor], batch: Batch) -> Any:
         """Network outputs at ``params`` (a subset of the module's parameters) for a batch."""
         inputs = batch[0]
+        if self.module_dtype != self.dtype:
+            inputs = tree_map(self._lower, inputs)
+            params = {name: self._lower(weight) for name, weight in params.items()}
         args: tuple[Any, ...] = ()
         kwargs: dict[str, Any] = {}
         if isinstance(inputs, dict):
@@ -135,7 +147,13 @@ class Task:
         else:
             args = inputs if isinstance(inputs, tuple) else (inputs,)
         out = functional_call(self.module, params, args, kwargs)
-        return out if isinstance(out, Tensor) else getattr(out, "logits", out)
+        out = out if isinstance(out, Tensor) else getattr(out, "logits", out)
+        half = self.module_dtype != self.dtype and isinstance(out, Tensor)
+        return out.to(self.dtype) if half else out
+
+    def _lower(self, value: Tensor) -> Tensor:
+        """Round to what the network computes in."""
+        return value.to(self.module_dtype) if value.is_floating_point() else value
 
     def losses(self, params: dict[str, Tensor], batch: Batch) -> Tensor:
         """Per-example losses ``ℓ_i(params)``, shape ``(B,)``."""
@@ -174,17 +192,26 @@ class Task:
     ) -> Task:
         """Return the same task on another device or in another precision; this one stays."""
         device = self.device if device is None else torch.device(device)
-        dtype = self.dtype if dtype is None else dtype
-        if (device, dtype) == (self.device, self.dtype):
+        dtype = self.module_dtype if dtype is None else dtype
+        if (device, dtype) == (self.device, self.module_dtype):
             return self
         moved = copy.copy(self)
-        moved.device, moved.dtype = device, dtype
+        moved.device, moved.module_dtype, moved.dtype = device, dtype, _master(dtype)
         moved.module = copy.deepcopy(self.module).to(device, dtype)
         own = dict(moved.module.named_parameters())
-        moved.params = {name: own[name].detach() for name in self.params}
-        moved.train = self.train.to(device, dtype)
-        moved.query = self.query.to(device, dtype)
+        moved.params = {name: own[name].detach().to(moved.dtype) for name in self.params}
+        moved.train = self.train.to(device, moved.dtype)
+        moved.query = self.query.to(device, moved.dtype)
         return moved
+
+    def require_full_precision(self, what: str) -> None:
+        """Raise ``TypeError`` where the network computes in half precision."""
+        if self.module_dtype != self.dtype:
+            raise TypeError(
+                f"{what} needs a network in float32 or float64; this one computes in "
+                f"{str(self.module_dtype).removeprefix('torch.')}, which only sampling can use. "
+                f"Convert the task: task.to(dtype=torch.float32)."
+            )
 
     # ------------------------------------------------------------------ identity
 
@@ -204,7 +231,7 @@ class Task:
             "train": self.train.fingerprint(),
             "query": self.query.fingerprint(),
             "n": self.n,
-            "dtype": str(self.dtype),
+            "dtype": str(self.module_dtype),
         }
 
     # ------------------------------------------------------------------ checks
@@ -297,9 +324,19 @@ def _select(model: nn.Module, parameters: str | Iterable[str] | None) -> list[st
             chosen |= {canonical[id(every[name])] for name in hits}
     names = [name for name in canonical.values() if name in chosen]
     kinds = {every[name].dtype for name in names}
-    if len(kinds) != 1 or kinds.pop() not in (torch.float32, torch.float64):
+    if len(kinds) != 1 or not kinds <= _DTYPES:
         raise TypeError(
-            "the selected parameters must all be float32 or all float64 (half precision rounds "
-            "most sampling noise to zero). Convert the model first: model.float()."
+            f"the selected parameters must all be of one floating dtype (float32, float64, "
+            f"bfloat16 or float16); got {sorted(map(str, kinds))}. Convert the model first: "
+            f"model.float()."
         )
     return names
+
+
+_HALF = {torch.bfloat16, torch.float16}
+_DTYPES = {torch.float32, torch.float64, *_HALF}
+
+
+def _master(dtype: torch.dtype) -> torch.dtype:
+    """What weights of a network in ``dtype`` are sampled in."""
+    return torch.float32 if dtype in _HALF else dtype

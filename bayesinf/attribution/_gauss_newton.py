@@ -73,6 +73,7 @@ def gauss_newton(
     """
     options, costs = resolve(scoring), Costs()
     damping = require_damping(damping, positive=False)
+    task.require_full_precision("a classical method")
     double = task.to(dtype=torch.float64)
     with GradientSource(double, find_layers(double, costs), costs) as source:
         inverse = fit_gauss_newton(

@@ -44,6 +44,7 @@ def dense_hessian(
     costs
         Account to which passes are added: one backward pass an example and row.
     """
+    task.require_full_precision("a Hessian")
     flat = task.flatten(task.params)
     d = len(flat)
     matrix = flat.new_zeros(d, d)

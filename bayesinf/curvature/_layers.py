@@ -123,7 +123,13 @@ def group_parameters(task: Task) -> tuple[Layer, ...]:
     -------
     tuple[Layer, ...]
         In the order of the parameters.
+
+    Raises
+    ------
+    TypeError
+        If the network computes in half precision.
     """
+    task.require_full_precision("a curvature or a classical method")
     holders = _holders(task)
     modules = dict(task.module.named_modules())
     kinds = {
