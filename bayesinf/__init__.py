@@ -47,20 +47,37 @@ from bayesinf.evaluation import (
     save_bank,
     train_one,
 )
-from bayesinf.samplers import SGLD, Preconditioner, RMSpropSGLD, Underdamped
+from bayesinf.samplers import (
+    HMC,
+    MALA,
+    SGHMC,
+    SGLD,
+    SGNHT,
+    EKFACLaplace,
+    GaussNewtonLaplace,
+    Preconditioner,
+    RMSpropSGLD,
+    Underdamped,
+)
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "HMC",
+    "MALA",
     "METHODS",
+    "SGHMC",
     "SGLD",
+    "SGNHT",
     "Bernoulli",
     "Categorical",
     "CausalLM",
     "ConvergenceWarning",
     "Curvature",
     "DivergenceError",
+    "EKFACLaplace",
     "FailedChainsWarning",
+    "GaussNewtonLaplace",
     "Gaussian",
     "Likelihood",
     "LocalPosterior",

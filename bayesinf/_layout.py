@@ -13,7 +13,13 @@ import zarr
 __all__ = ["flatten_config", "identity", "lay_out"]
 
 _CHUNK_VALUES = 1 << 18
-_STATS = {"lp": "float64", "step_size": "float64", "diverging": "bool", "distance": "float64"}
+_STATS = {
+    "lp": "float64",
+    "step_size": "float64",
+    "diverging": "bool",
+    "distance": "float64",
+    "acceptance_rate": "float64",
+}
 
 
 def identity(config: Mapping[str, Any]) -> str:

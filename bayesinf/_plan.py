@@ -17,6 +17,7 @@ from bayesinf._posterior import LocalPosterior
 from bayesinf._rng import BatchStream
 from bayesinf._task import Measurement
 from bayesinf.samplers import Sampler
+from bayesinf.samplers._preconditioner import summary
 
 __all__ = ["Plan"]
 
@@ -88,6 +89,12 @@ class Plan:
             raise ValueError(f"observe= knows 'train' and 'query'; got {sorted(unknown)}.")
         if batch_size == task.n:
             batch_size = None
+        if batch_size is not None and sampler.full_batch:
+            raise ValueError(
+                f"{type(sampler).__name__} takes no minibatches; got batch_size={batch_size}. A "
+                f"decision or a draw made from a part of the examples has another law than the "
+                f"posterior. Leave batch_size out, or use a kernel such as SGLD or Underdamped."
+            )
         BatchStream(seed, chains, task.n, batch_size)
         return cls(
             posterior, sampler, warmup, chains, thin, batch_size, seed, groups, float(jitter),
@@ -136,8 +143,13 @@ class Plan:
 def _kernel(sampler: Sampler) -> dict[str, Any]:
     """Name and settings of a kernel; a setting with many numbers gives a digest of them."""
     settings = {f.name: getattr(sampler, f.name) for f in fields(sampler)}  # type: ignore[arg-type]
-    plain = {k: v.config() if hasattr(v, "config") else v for k, v in settings.items()}
-    return {"kernel": type(sampler).__name__, **plain}
+    return {"kernel": type(sampler).__name__, **{k: _setting(v) for k, v in settings.items()}}
+
+
+def _setting(value: Any) -> Any:
+    if hasattr(value, "config"):
+        return value.config()
+    return summary(value) if hasattr(value, "tensors") else value
 
 
 def _digest(ids: np.ndarray) -> str:

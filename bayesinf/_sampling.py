@@ -198,6 +198,7 @@ class _Run:
         self.began = time.perf_counter()
         self.step = 0
         self.state: State = {}
+        self.acceptance: list[Tensor] = []  # of each step since the last draw
         self.bound = self._default_bound() if bound is None else bound
         self.full_train = len(plan.observed["train"]) == task.n
 
@@ -252,9 +253,12 @@ class _Run:
     def _advance(self, steps: int, bar: tqdm[Any]) -> None:
         if self.step == 0 and self.plan.warmup == 0:
             self.state = self.plan.sampler.freeze(self.state)
+        self.acceptance = []
         for _ in range(steps):
             batch = self.stream.at(self.step)
-            self.state, _info = self.plan.sampler.step(self.state, self.potential, batch, self.rng)
+            self.state, info = self.plan.sampler.step(self.state, self.potential, batch, self.rng)
+            if "acceptance" in info:
+                self.acceptance.append(info["acceptance"])
             self.step += 1
         bar.update(steps)
 
@@ -292,6 +296,7 @@ class _Run:
             "lp": self._lp(position, loss),
             "step_size": np.full(self.plan.chains, self.plan.sampler.step_size),
             "distance": delta.norm(dim=1).double().cpu().numpy(),
+            "acceptance_rate": self._acceptance(),
         }
         dead = np.array([c in self.failed for c in range(self.plan.chains)])
         for name, array in {**values, **stats}.items():
@@ -299,6 +304,12 @@ class _Run:
             values[name if "/" in name else f"sample_stats/{name}"] = array
         values["sample_stats/diverging"] = dead
         return values
+
+    def _acceptance(self) -> np.ndarray:
+        """Mean probability of acceptance of the steps since the last draw."""
+        if not self.acceptance:
+            return np.full(self.plan.chains, np.nan)
+        return torch.stack(self.acceptance).mean(0).double().cpu().numpy()
 
     def _blame(self, name: str, row: np.ndarray) -> str:
         """Name the first example whose value is not finite in a chain."""

@@ -5,7 +5,8 @@ examples, written by region):
 
 * groups ``train`` and ``query``: a variable per measurement, dims ``(chain, draw, train)`` or
   ``(chain, draw, query)``, with ids as coordinates;
-* group ``sample_stats``: ``lp``, ``step_size``, ``diverging``, ``distance``, ``(chain, draw)``;
+* group ``sample_stats``: ``lp``, ``step_size``, ``diverging``, ``distance``, ``acceptance_rate``
+  (mean over the steps of a draw; NaN for kernels that accept everything), ``(chain, draw)``;
 * root attributes: the configuration, its identity hash, versions.
 
 **Identity** is everything that decides what a draw is: task, checkpoint, posterior, sampler, seed,

@@ -18,7 +18,7 @@ from bayesinf import _layout, _sampling, _traces
 from tests import interrupted
 from tests.interrupted import run
 
-KERNELS = list(interrupted.KERNELS)
+KERNELS = ["SGLD", "RMSpropSGLD"]  # without and with a state to adapt
 ROOT = Path(__file__).parents[1]
 
 
@@ -60,6 +60,14 @@ def test_many_draws_at_once_or_37_at_a_time(tmp_path, kernel, disk):
     same(parts, whole)
     assert whole.values("train").shape == (4, 200, 12)
     # and the draws are not one number over and over
+    assert (whole.values("train").std("draw") > 1e-3).all()
+
+
+@pytest.mark.parametrize("kernel", interrupted.KERNELS)
+def test_every_kernel_goes_on_where_it_stopped(kernel):
+    """Also where a part of the state exists only after the first step."""
+    whole = run(None, kernel, draws=7, warmup=3)
+    same(in_steps(None, kernel, 7, 3, warmup=3), whole)
     assert (whole.values("train").std("draw") > 1e-3).all()
 
 

@@ -46,7 +46,7 @@ def test_layout_opens_with_plain_xarray(tmp_path, text):
     assert {group: set(tree[group].data_vars) for group in tree.children} == {
         "train": {"loss"},
         "query": {"loss", "margin"},
-        "sample_stats": {"lp", "step_size", "diverging", "distance"},
+        "sample_stats": {"lp", "step_size", "diverging", "distance", "acceptance_rate"},
     }
     for group, n in (("train", 12), ("query", 5)):
         assert tree[group].loss.dims == ("chain", "draw", group)
@@ -425,7 +425,8 @@ def test_arviz_reads_it_without_a_warning():
     assert np.isfinite(loo.p)
     np.testing.assert_allclose(tree["posterior"].mean_train_loss, loss.mean(2), rtol=1e-5)
     assert tree["sample_stats"].diverging.dtype == bool
-    assert set(tree["sample_stats"].data_vars) == {"lp", "step_size", "diverging"}
+    kept = {"lp", "step_size", "diverging", "acceptance_rate"}
+    assert set(tree["sample_stats"].data_vars) == kept
 
 
 @pytest.mark.parametrize("n_beta", [3.0, 24.0])

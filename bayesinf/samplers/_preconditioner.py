@@ -19,7 +19,7 @@ from torch import Tensor
 from bayesinf.curvature import Curvature, DeflatedInverse
 from bayesinf.curvature._operator import Factor
 
-__all__ = ["Preconditioner", "pull", "push"]
+__all__ = ["Preconditioner", "pull", "push", "summary"]
 
 
 @dataclass(frozen=True)
@@ -81,16 +81,18 @@ class Preconditioner:
 
     def config(self) -> dict[str, Any]:
         """What identifies it: a digest of every number in it."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.inverse.tensors().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            plain = tensor.detach().cpu().contiguous().flatten()
-            digest.update(plain.view(torch.uint8).numpy().data)
-        return {
-            "inverse": type(self.inverse).__name__,
-            "digest": digest.hexdigest()[:16],
-            "n_beta": float(self.n_beta),
-        }
+        kind, digest = summary(self.inverse).values()
+        return {"inverse": kind, "digest": digest, "n_beta": float(self.n_beta)}
+
+
+def summary(operator: Curvature | DeflatedInverse) -> dict[str, str]:
+    """Kind of an operator, and a digest of every number in it."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(operator.tensors().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        plain = tensor.detach().cpu().contiguous().flatten()
+        digest.update(plain.view(torch.uint8).numpy().data)
+    return {"kind": type(operator).__name__, "digest": digest.hexdigest()[:16]}
 
 
 def push(preconditioner: Preconditioner | None, rows: Tensor) -> Tensor:

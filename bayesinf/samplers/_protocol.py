@@ -1,7 +1,7 @@
 """What a sampler is.
 
 A kernel advances ``C`` chains at once: positions ``(C, d)``, one row per chain. Step size
-convention: drift ``ε/2``, noise ``√ε``.
+convention: drift ``ε/2``, noise ``√ε``; kernels with momentum take steps of time ``h = √ε``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,12 @@ class Sampler(Protocol):
 
     @property
     def step_size(self) -> float:
-        """ε."""
+        """ε; NaN for independent draws."""
+        ...
+
+    @property
+    def full_batch(self) -> bool:
+        """Whether the kernel is wrong, or the batch without effect, at a gradient of a batch."""
         ...
 
     def init(self, position: Tensor, rng: ChainGenerators) -> State:
@@ -34,7 +39,11 @@ class Sampler(Protocol):
     def step(
         self, state: State, potential: Potential, batch: Tensor | None, rng: ChainGenerators
     ) -> tuple[State, dict[str, Any]]:
-        """One step of every chain; the second item is per-step information."""
+        """One step of every chain; the second item is per-step information.
+
+        ``"acceptance" (C,)``, where it is given, is the probability with which each chain's
+        proposal was accepted.
+        """
         ...
 
     def freeze(self, state: State) -> State:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -48,6 +48,8 @@ class RMSpropSGLD:
     alpha: float = 0.99
     eps: float = 0.1
 
+    full_batch: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
         if not (self.step_size > 0 and self.eps > 0 and 0 <= self.alpha < 1):
             raise ValueError(
@@ -90,3 +92,7 @@ class RMSpropSGLD:
                 "Give sample(..., warmup=…) at least a few times 1/(1−alpha) steps."
             )
         return {"position": state["position"], "scale": self._scale(state)}
+
+    def excess(self, variance: Tensor) -> Tensor:
+        """``ε v/4``, as of :class:`SGLD`, with ``v`` in the scaled coordinates ``G^{−1/2} w``."""
+        return 0.25 * self.step_size * variance

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -46,6 +46,8 @@ class SGLD:
     step_size: float
     preconditioner: Preconditioner | None = None
 
+    full_batch: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
         if not self.step_size > 0:
             raise ValueError(f"step_size must be > 0; got {self.step_size}.")
@@ -67,3 +69,11 @@ class SGLD:
     def freeze(self, state: State) -> State:
         """Nothing adapts."""
         return state
+
+    def excess(self, variance: Tensor) -> Tensor:
+        """``ε v/4``: by how much white gradient noise raises a direction's stationary variance.
+
+        A step adds ``(ε/2)² v`` to its own noise ``ε``, in every direction of ``z``, whatever the
+        curvature.
+        """
+        return 0.25 * self.step_size * variance

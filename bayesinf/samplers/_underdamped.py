@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -57,6 +57,8 @@ class Underdamped:
     friction: float
     preconditioner: Preconditioner | None = None
 
+    full_batch: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
         if not (self.step_size > 0 and self.friction > 0):
             raise ValueError(
@@ -89,3 +91,13 @@ class Underdamped:
     def freeze(self, state: State) -> State:
         """Nothing adapts."""
         return state
+
+    def excess(self, variance: Tensor) -> Tensor:
+        r"""``(ε v/4) coth(Γh/2)``: by how much white gradient noise raises a stationary variance.
+
+        The two kicks that share a gradient add ``h² v`` to the momentum's variance, of which the
+        friction takes ``1 − e^{−2Γh}`` away; the discrete Lyapunov equation of a direction of
+        curvature ``ã`` gives this times ``1/(1 − εã/4)``, which is 1 but for the stiffest ones.
+        """
+        cooled = math.tanh(0.5 * self.friction * self.step_size**0.5)
+        return 0.25 * self.step_size / cooled * variance
