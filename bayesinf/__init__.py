@@ -1,10 +1,13 @@
 """Which training data made a neural network behave as it does, and how sure one can be."""
 
+from bayesinf._batching import Batches
 from bayesinf._diagnostics import ConvergenceWarning, diagnose
+from bayesinf._gradient_noise import GradientNoise, GradientNoiseWarning, gradient_noise
 from bayesinf._gradients import VectorizationWarning
 from bayesinf._language import CausalLM
 from bayesinf._likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from bayesinf._posterior import LocalPosterior
+from bayesinf._precision import PrecisionWarning
 from bayesinf._sampling import DivergenceError, sample
 from bayesinf._scores import make_scores
 from bayesinf._task import Task
@@ -69,6 +72,7 @@ __all__ = [
     "SGHMC",
     "SGLD",
     "SGNHT",
+    "Batches",
     "Bernoulli",
     "Categorical",
     "CausalLM",
@@ -79,9 +83,12 @@ __all__ = [
     "FailedChainsWarning",
     "GaussNewtonLaplace",
     "Gaussian",
+    "GradientNoise",
+    "GradientNoiseWarning",
     "Likelihood",
     "LocalPosterior",
     "NotPositiveDefiniteError",
+    "PrecisionWarning",
     "Preconditioner",
     "RMSpropSGLD",
     "SGDRecipe",
@@ -104,6 +111,7 @@ __all__ = [
     "gauss_newton",
     "grad_cos",
     "grad_dot",
+    "gradient_noise",
     "hessian",
     "kfac",
     "lds",

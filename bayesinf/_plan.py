@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bayesinf._batching import Batches, normalise
 from bayesinf._posterior import LocalPosterior
-from bayesinf._rng import BatchStream
 from bayesinf._task import Measurement
 from bayesinf.samplers import Sampler
 from bayesinf.samplers._preconditioner import summary
@@ -31,7 +31,7 @@ class Plan:
     warmup: int
     chains: int
     thin: int
-    batch_size: int | None
+    batches: Batches | None
     seed: int
     superchains: int
     jitter: float
@@ -47,7 +47,7 @@ class Plan:
         warmup: int,
         chains: int,
         thin: int,
-        batch_size: int | None,
+        batch_size: int | Batches | None,
         seed: int,
         superchains: int | None,
         jitter: float,
@@ -87,17 +87,15 @@ class Plan:
         unknown = set(observe or {}) - {"train", "query"}
         if unknown:
             raise ValueError(f"observe= knows 'train' and 'query'; got {sorted(unknown)}.")
-        if batch_size == task.n:
-            batch_size = None
-        if batch_size is not None and sampler.full_batch:
+        batches = normalise(batch_size, posterior)
+        if batches is not None and sampler.full_batch:
             raise ValueError(
-                f"{type(sampler).__name__} takes no minibatches; got batch_size={batch_size}. A "
+                f"{type(sampler).__name__} takes no minibatches; got batch_size={batches.size}. A "
                 f"decision or a draw made from a part of the examples has another law than the "
                 f"posterior. Leave batch_size out, or use a kernel such as SGLD or Underdamped."
             )
-        BatchStream(seed, chains, task.n, batch_size)
         return cls(
-            posterior, sampler, warmup, chains, thin, batch_size, seed, groups, float(jitter),
+            posterior, sampler, warmup, chains, thin, batches, seed, groups, float(jitter),
             observed, {"train": {"loss": "loss"}, "query": {"loss": "loss", **named}},
         )  # fmt: skip
 
@@ -126,7 +124,7 @@ class Plan:
             "warmup": self.warmup,
             "chains": self.chains,
             "thin": self.thin,
-            "batch_size": self.batch_size,
+            "batch_size": None if self.batches is None else self.batches.config(),
             "seed": self.seed,
             "superchains": self.superchains,
             "jitter": self.jitter,

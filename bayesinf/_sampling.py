@@ -15,11 +15,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from bayesinf._batching import Batches, Batching
 from bayesinf._diagnostics import rhat_of_means
+from bayesinf._gradient_noise import excess_temperature, warn_of_noise
 from bayesinf._gradients import ChainFunctions
 from bayesinf._plan import Plan
 from bayesinf._posterior import LocalPosterior, Potential
-from bayesinf._rng import BatchStream, ChainGenerators, starting_points
+from bayesinf._precision import swallowed, warn_of_rounding
+from bayesinf._rng import ChainGenerators, starting_points
 from bayesinf._task import Measurement
 from bayesinf._traces import FailedChainsWarning, StoreError, TraceStore
 from bayesinf.samplers import Sampler, State
@@ -41,7 +44,7 @@ def sample(
     warmup: int,
     chains: int = 4,
     thin: int = 1,
-    batch_size: int | None = None,
+    batch_size: int | Batches | None = None,
     seed: int = 0,
     observe: Mapping[str, Sequence[Any] | None] | None = None,
     measurements: Sequence[str] | Mapping[str, Measurement] = ("loss",),
@@ -53,6 +56,7 @@ def sample(
     vectorize: bool | None = None,
     chunk_size: int = 1000,
     device: torch.device | str | None = None,
+    max_excess: float = 0.05,
     progress: bool = True,
 ) -> TraceStore:
     r"""Sample a local posterior and record per-example losses at every kept draw.
@@ -73,7 +77,8 @@ def sample(
         Steps per kept draw.
     batch_size
         Examples per gradient, without replacement within an epoch, reshuffled every epoch, of each
-        chain's own; None for the full batch.
+        chain's own; None for the full batch. :class:`bayesinf.Batches` says more: importance
+        sampling, strata, anchors that move.
     seed
         Of everything random: every chain owns a generator derived from it.
     observe
@@ -105,6 +110,9 @@ def sample(
         Examples per forward pass, for full-batch gradients and observations (bounds the memory).
     device
         Where to run; default: where the task is.
+    max_excess
+        Bound on the excess temperature that minibatches may cause
+        (:func:`bayesinf.gradient_noise`), measured between warm-up and the first draw.
     progress
         Whether to show a progress bar with the loss and its R-hat so far.
 
@@ -121,6 +129,15 @@ def sample(
         If the store has other settings or cannot be written.
     ValueError
         If an argument is out of range.
+
+    Warns
+    -----
+    GradientNoiseWarning
+        Where minibatches heat the chains by more than ``max_excess``.
+    PrecisionWarning
+        Where a network in half precision rounds most perturbations of its weights away.
+    FailedChainsWarning
+        Where chains were dropped.
 
     Notes
     -----
@@ -140,7 +157,7 @@ def sample(
     if traces.draws >= draws:
         return traces
     potential = posterior.bind(vectorize=vectorize, chunk_size=chunk_size)
-    run = _Run(plan, potential, traces, divergence_bound, on_divergence)
+    run = _Run(plan, potential, traces, divergence_bound, on_divergence, max_excess)
     with torch.no_grad():
         run.go(draws, progress)
     if traces.failed:
@@ -185,20 +202,24 @@ class _Run:
         traces: TraceStore,
         bound: float | None,
         on_divergence: Literal["raise", "drop"],
+        max_excess: float,
     ) -> None:
+        self.max_excess = max_excess
         self.plan, self.potential, self.traces = plan, potential, traces
         self.functions = potential.functions
         self.chunks = {group: plan.chunks(group, potential.chunk) for group in plan.observed}
         self.drop = on_divergence == "drop"
         task = plan.posterior.task
         self.rng = ChainGenerators(plan.seed, plan.chains, task.device)
-        self.stream = BatchStream(plan.seed, plan.chains, task.n, plan.batch_size)
+        self.batching = Batching(plan.batches, potential, plan.seed, plan.chains)
+        self.checks: dict[str, Any] = dict(traces.commit_facts.get("checks", {}))
         self.failed: dict[int, str] = dict(traces.failed)
         self.spent = float(traces.commit_facts.get("seconds", 0.0))  # by earlier calls
         self.began = time.perf_counter()
         self.step = 0
         self.state: State = {}
         self.acceptance: list[Tensor] = []  # of each step since the last draw
+        self.starts_with_gradient = False
         self.bound = self._default_bound() if bound is None else bound
         self.full_train = len(plan.observed["train"]) == task.n
 
@@ -220,6 +241,7 @@ class _Run:
         with bar:
             if self.step < self.plan.warmup:
                 self._warm_up(bar)
+            self._check()
             buffer = _Buffer(self.traces.chunk_draws)
             means: list[np.ndarray] = []
             while self.traces.draws + len(buffer) < draws:
@@ -250,13 +272,30 @@ class _Run:
         self.state = self.plan.sampler.freeze(self.state)
         self._commit(_Buffer())
 
+    def _check(self) -> None:
+        """Measure once what may spoil every draw, and warn at every call."""
+        task, position = self.plan.posterior.task, self.state["position"]
+        if not self.checks:
+            alive = [c for c in range(self.plan.chains) if c not in self.failed]
+            excess = excess_temperature(self.plan.sampler, self.batching, self.state, alive)
+            self.checks = {
+                "excess_temperature": excess,
+                "swallowed_perturbations": swallowed(task, position[alive]),
+            }
+        warn_of_noise(self.checks["excess_temperature"], self.max_excess, stacklevel=4)
+        warn_of_rounding(self.checks["swallowed_perturbations"], task, stacklevel=4)
+
     def _advance(self, steps: int, bar: tqdm[Any]) -> None:
         if self.step == 0 and self.plan.warmup == 0:
             self.state = self.plan.sampler.freeze(self.state)
         self.acceptance = []
         for _ in range(steps):
-            batch = self.stream.at(self.step)
-            self.state, info = self.plan.sampler.step(self.state, self.potential, batch, self.rng)
+            start = self.state["position"]
+            batch = self.batching.at(self.step, start)
+            potential = self.batching.potential
+            potential.first_evaluated = None
+            self.state, info = self.plan.sampler.step(self.state, potential, batch, self.rng)
+            self.starts_with_gradient = potential.first_evaluated is start
             if "acceptance" in info:
                 self.acceptance.append(info["acceptance"])
             self.step += 1
@@ -268,6 +307,10 @@ class _Run:
         functions = ChainFunctions(self.plan.posterior.task, False) if once else self.functions
         out: dict[str, np.ndarray] = {}
         for group, wanted in self.plan.measurements.items():
+            if group == "train" and not once and self._losses_come_with_gradient(position):
+                losses = self.batching.potential.evaluate(position)[1]
+                out["train/loss"] = losses.float().cpu().numpy()
+                continue
             examples = self.plan.posterior.task.examples(group)
             parts = [
                 functions.observe(position, examples.batch(where), list(wanted.values()))
@@ -277,6 +320,12 @@ class _Run:
                 joined = torch.cat([part[k] for part in parts], dim=1)
                 out[f"{group}/{name}"] = joined.float().cpu().numpy()
         return out
+
+    def _losses_come_with_gradient(self, position: Tensor) -> bool:
+        """Whether the full-batch gradient at ``position`` is known, or the next step's first."""
+        whole = isinstance(self.chunks["train"][0], slice)
+        known = self.starts_with_gradient or self.batching.potential.evaluated(position)
+        return whole and known
 
     def _record(self) -> dict[str, np.ndarray]:
         position = self.state["position"]
@@ -346,11 +395,18 @@ class _Run:
         return {
             "failed": {str(c): why for c, why in self.failed.items()},
             "seconds": self.spent + time.perf_counter() - self.began,
+            "checks": self.checks,
         }
 
     def _payload(self) -> bytes:
         file = io.BytesIO()
-        torch.save({"step": self.step, "state": self.state, "rng": self.rng.get_state()}, file)
+        saved = {
+            "step": self.step,
+            "state": self.state,
+            "rng": self.rng.get_state(),
+            "anchors": self.batching.state(),
+        }
+        torch.save(saved, file)
         return file.getvalue()
 
     def _restore(self, payload: bytes) -> None:
@@ -359,6 +415,7 @@ class _Run:
         )
         self.step, self.state = int(saved["step"]), saved["state"]
         self.rng.set_state(saved["rng"])
+        self.batching.restore(saved["anchors"])
         expected = self.plan.warmup + self.traces.draws * self.plan.thin
         if self.step != expected:
             raise StoreError(f"the commit is at step {self.step}, its draws end at {expected}.")

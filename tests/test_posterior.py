@@ -1,11 +1,17 @@
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.func import grad, jacrev
 
 import bayesinf as bi
+from bayesinf._data import Batch
+from bayesinf._gradients import ChainFunctions
+from bayesinf._posterior import Potential
 from tests import quadratic
 from tests.cases import BY_NAME
 
@@ -99,6 +105,88 @@ def test_hvp_is_the_hessian_times_a_vector(case: str, kind: str) -> None:
         w, v = _positions(w0), _positions(torch.zeros_like(w0))
         exact = torch.stack([jacrev(grad(value))(x) @ u for x, u in zip(w, v, strict=True)])
         torch.testing.assert_close(posterior.bind(chunk_size=5).hvp(w, v, rows), exact)
+
+
+# ---------------------------------------------------------------- one evaluation for two uses
+
+
+def test_an_evaluation_is_kept_for_the_same_tensor_only() -> None:
+    task = BY_NAME["mlp-categorical"].task()
+    posterior, _, w0 = _potential(task, "tilted", None)
+    potential = posterior.bind(chunk_size=5)
+    w = _positions(w0)
+    gradient, losses = potential.evaluate(w)
+    exact = torch.stack([task.losses(task.unflatten(x), task.train.batch()) for x in w])
+    torch.testing.assert_close(losses, exact)
+    assert potential.evaluated(w)
+    assert potential.evaluate(w)[0] is gradient
+    before = potential.grad(w)
+    assert not potential.evaluated(w.clone())
+    w[1] = w0  # as the driver does to a chain that failed
+    assert not potential.evaluated(w)
+    after = potential.grad(w)
+    assert torch.equal(after[0], before[0])
+    assert not torch.equal(after[1], before[1])
+
+
+def _counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Every pass over all training examples, by what it was for."""
+    seen: list[str] = []
+    evaluate, observe = Potential._all, ChainFunctions.observe
+
+    def count_gradient(self: Potential, position: Tensor) -> tuple[Tensor, Tensor]:
+        seen.append("gradient" if len(position) > 1 else "checkpoint")
+        return evaluate(self, position)
+
+    def count_observation(self: ChainFunctions, position: Tensor, batch: Batch, wanted: Any) -> Any:
+        if len(batch[1]) == 12:
+            seen.append("train" if len(position) > 1 else "checkpoint")
+        return observe(self, position, batch, wanted)
+
+    monkeypatch.setattr(Potential, "_all", count_gradient)
+    monkeypatch.setattr(ChainFunctions, "observe", count_observation)
+    return seen
+
+
+@pytest.mark.parametrize("kernel", [bi.SGLD(1e-3), bi.Underdamped(1e-3, 2.0)], ids=repr)
+@pytest.mark.parametrize("thin", [1, 3])
+def test_losses_come_with_the_full_batch_gradient(
+    kernel: Any, thin: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = BY_NAME["mlp-categorical"].task()
+    posterior = bi.LocalPosterior(task, 10.0, 2.0)
+
+    def run(**options: Any) -> bi.TraceStore:
+        settings = {"draws": 6, "warmup": 2, "thin": thin, "progress": False, "vectorize": False}
+        return bi.sample(posterior, kernel, **{**settings, **options})
+
+    seen = _counted(monkeypatch)
+    shared = run()
+    steps = 2 + 6 * thin
+    assert seen.count("gradient") == steps + 1  # Underdamped's first, SGLD's at the last draw
+    assert "train" not in seen
+    seen.clear()
+    some = run(observe={"train": task.train.ids[:11]})  # must be observed by themselves
+    same = shared.values("train").values[..., :11]
+    np.testing.assert_allclose(some.values("train").values, same, rtol=1e-5)
+    assert seen.count("gradient") == steps + (not isinstance(kernel, bi.SGLD))
+    # the chains are the same to the bit, whoever asks for losses in between
+    for store in (shared, some):
+        assert store.tree["sample_stats"]["distance"].shape == (4, 6)
+    assert np.array_equal(*(s.tree["sample_stats"]["distance"].values for s in (shared, some)))
+    parts = run(draws=2)
+    assert np.array_equal(run(store=parts).values("train").values, shared.values("train").values)
+
+
+def test_minibatches_observe_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = BY_NAME["mlp-categorical"].task()
+    seen = _counted(monkeypatch)
+    bi.sample(
+        bi.LocalPosterior(task, 10.0, 2.0), bi.SGLD(1e-3), draws=6, warmup=2, batch_size=4,
+        progress=False, vectorize=False,
+    )  # fmt: skip
+    assert seen.count("train") == 6
+    assert "gradient" not in seen
 
 
 def test_damping_and_prior_precision() -> None:

@@ -210,8 +210,8 @@ def test_what_does_not_decide_a_draw_is_no_identity(tmp_path):
 def test_numbers_of_numpy_are_settings(tmp_path):
     posterior = bi.LocalPosterior(CASE.task(), np.float32(10), np.float64(5))
     options = {"batch_size": np.int64(4), "warmup": np.int32(10), "chains": np.int64(4)}
-    got = run(posterior=posterior, sampler=bi.SGLD(np.float32(0.25)), **options)
-    expected = run(sampler=bi.SGLD(0.25))
+    got = run(posterior=posterior, sampler=bi.SGLD(np.float32(0.25)), max_excess=1.0, **options)
+    expected = run(sampler=bi.SGLD(0.25), max_excess=1.0)
     np.testing.assert_array_equal(got.values("train"), expected.values("train"))
     assert json.loads(json.dumps(got.config)) == expected.config
 

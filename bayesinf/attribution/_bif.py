@@ -117,6 +117,8 @@ def bif(
             "chains": len(traces.healthy),
             "draws": traces.draws,
             "sampler": traces.config["sampler"],
+            "batch_size": traces.config["batch_size"],
+            **traces.commit_facts.get("checks", {}),
             "checkpoint": traces.config["task"]["checkpoint"],
             **_passes(traces, train.sizes["train"] + query.sizes["query"]),
             "seconds": {
@@ -141,9 +143,13 @@ def _passes(traces: TraceStore, observed: int) -> dict[str, int]:
     """Examples that went forward and backward, over all chains."""
     config = traces.config
     steps = config["warmup"] + traces.draws * config["thin"]
-    batch = config["batch_size"] or config["task"]["n"]
-    twice = config["batch_size"] and config["posterior"]["potential"] == "tilted"
-    gradients = traces.chains * steps * batch * (2 if twice else 1)
+    n, chosen = config["task"]["n"], config["batch_size"]
+    more = chosen if isinstance(chosen, dict) else {"size": chosen or n}
+    default = "checkpoint" if config["posterior"]["potential"] == "tilted" else "none"
+    anchor = more.get("anchor", default) if chosen else "none"
+    gradients = steps * more["size"] * (1 if anchor == "none" else 2)
+    gradients += -(-steps // more["every"]) * n if "every" in more else 0
+    gradients *= traces.chains
     forward = gradients + traces.chains * traces.draws * observed
     return {"forward_examples": forward, "backward_examples": gradients}
 
