@@ -1,6 +1,7 @@
 """Which training data made a neural network behave as it does, and how sure one can be."""
 
 from bayesinf._batching import Batches
+from bayesinf._calibration import Calibration, calibrate
 from bayesinf._diagnostics import ConvergenceWarning, diagnose
 from bayesinf._gradient_noise import GradientNoise, GradientNoiseWarning, gradient_noise
 from bayesinf._gradients import VectorizationWarning
@@ -25,6 +26,7 @@ from bayesinf.attribution._kfac import kfac
 from bayesinf.attribution._lissa import lissa
 from bayesinf.attribution._registry import METHODS
 from bayesinf.attribution._scoring import Scoring
+from bayesinf.attribution._shrunk import shrink
 from bayesinf.curvature import (
     Curvature,
     NotPositiveDefiniteError,
@@ -74,6 +76,7 @@ __all__ = [
     "SGNHT",
     "Batches",
     "Bernoulli",
+    "Calibration",
     "Categorical",
     "CausalLM",
     "ConvergenceWarning",
@@ -102,6 +105,7 @@ __all__ = [
     "VectorizationWarning",
     "astra",
     "bif",
+    "calibrate",
     "conjugate_gradient",
     "deflated_ekfac",
     "diagnose",
@@ -130,6 +134,7 @@ __all__ = [
     "sample",
     "save_bank",
     "save_curvature",
+    "shrink",
     "source_damping",
     "train_one",
 ]
