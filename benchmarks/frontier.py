@@ -18,7 +18,7 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ import torch
 import xarray as xr
 
 import bayesinf as bi
+from benchmarks._staged import staged_bif
 from benchmarks._table import format_table
 from benchmarks.tasks import TASKS, BenchmarkTask, get_task
 
@@ -69,8 +70,9 @@ def run(benchmark: BenchmarkTask, seconds: float) -> dict[str, Any]:
         parents[name] = scores, spent + fitted
         points.append(_point(name, spent + fitted, scores, evaluation, settings))
     parent, parent_seconds = parents["conjugate gradients"]
-    for spent, scores, report in _bif(task, benchmark, seconds):
-        text = report
+    budgets = [seconds / 3**k for k in range(STAGES - 1, -1, -1)]
+    for stage in staged_bif(task, budgets, weight_decay=benchmark.recipe.weight_decay):
+        spent, scores = stage.seconds, stage.scores
         settings = f"{scores.attrs['chains']} × {scores.attrs['draws']} draws"
         points.append(_point("BIF", spent, scores, evaluation, settings))
         pure = bi.shrink(scores)
@@ -86,7 +88,7 @@ def run(benchmark: BenchmarkTask, seconds: float) -> dict[str, Any]:
         "ceiling": float(bi.noise_ceiling(evaluation)["ceiling"]),
         "points": points,
         "differences": {name: _difference(*pair, evaluation) for name, pair in pairs.items()},
-        "report": text,
+        "report": stage.calibration.report.attrs["text"],
     }
 
 
@@ -120,34 +122,6 @@ def _best(candidates: Candidates, tuning: xr.Dataset) -> tuple[xr.Dataset, float
     if found is None:
         raise ValueError("there is no candidate.")
     return found
-
-
-def _bif(
-    task: bi.Task, benchmark: BenchmarkTask, seconds: float
-) -> Iterator[tuple[float, xr.Dataset, str]]:
-    """Seconds so far, scores and the report, at each stage; judging them is not counted."""
-    began = time.process_time()
-    found = bi.calibrate(task, weight_decay=benchmark.recipe.weight_decay)
-    spent = time.process_time() - began
-    options = {**found.options, "draws": 2}
-    traces: bi.TraceStore | None = None
-    for stage in range(STAGES):
-        budget = seconds / 3 ** (STAGES - 1 - stage)
-        while spent < 0.95 * budget or traces is None:
-            began = time.process_time()
-            traces = bi.sample(
-                found.posterior, found.sampler, store=traces, progress=False, **options
-            )
-            latest = time.process_time() - began
-            spent += latest
-            grown = 1 + (budget - spent) / spent
-            options["draws"] = math.ceil(options["draws"] * min(max(grown, 1.05), 4.0))
-        if traces.draws < 4 * 2:
-            continue
-        began = time.process_time()
-        scores = bi.bif(traces)
-        spent += time.process_time() - began
-        yield spent, scores, found.report.attrs["text"]
 
 
 def _point(
