@@ -1,5 +1,6 @@
 """Which training data made a neural network behave as it does, and how sure one can be."""
 
+from bayesinf._accuracy import MonteCarloWarning, Until
 from bayesinf._batching import Batches
 from bayesinf._calibration import Calibration, calibrate
 from bayesinf._diagnostics import ConvergenceWarning, diagnose
@@ -11,6 +12,7 @@ from bayesinf._posterior import LocalPosterior
 from bayesinf._precision import PrecisionWarning
 from bayesinf._sampling import DivergenceError, sample
 from bayesinf._scores import make_scores
+from bayesinf._streaming import StreamingCovariance
 from bayesinf._task import Task
 from bayesinf._traces import FailedChainsWarning, StoreError, TraceStore, open_traces
 from bayesinf.attribution._astra import astra
@@ -21,12 +23,14 @@ from bayesinf.attribution._ekfac import ekfac
 from bayesinf.attribution._gauss_newton import gauss_newton
 from bayesinf.attribution._grad_cos import grad_cos
 from bayesinf.attribution._grad_dot import grad_dot
+from bayesinf.attribution._group_influence import group_influence
 from bayesinf.attribution._hessian import hessian
 from bayesinf.attribution._kfac import kfac
 from bayesinf.attribution._lissa import lissa
 from bayesinf.attribution._registry import METHODS
 from bayesinf.attribution._scoring import Scoring
 from bayesinf.attribution._shrunk import shrink
+from bayesinf.attribution._top_k import top_k
 from bayesinf.curvature import (
     Curvature,
     NotPositiveDefiniteError,
@@ -90,6 +94,7 @@ __all__ = [
     "GradientNoiseWarning",
     "Likelihood",
     "LocalPosterior",
+    "MonteCarloWarning",
     "NotPositiveDefiniteError",
     "PrecisionWarning",
     "Preconditioner",
@@ -99,9 +104,11 @@ __all__ = [
     "SolverDivergenceError",
     "SolverWarning",
     "StoreError",
+    "StreamingCovariance",
     "Task",
     "TraceStore",
     "Underdamped",
+    "Until",
     "VectorizationWarning",
     "astra",
     "bif",
@@ -116,6 +123,7 @@ __all__ = [
     "grad_cos",
     "grad_dot",
     "gradient_noise",
+    "group_influence",
     "hessian",
     "kfac",
     "lds",
@@ -136,5 +144,6 @@ __all__ = [
     "save_curvature",
     "shrink",
     "source_damping",
+    "top_k",
     "train_one",
 ]

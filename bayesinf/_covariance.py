@@ -3,47 +3,109 @@
 Shapes: ``x (C, T, Q)`` and ``y (C, T, N)`` for ``C`` chains of ``T`` draws; results ``(Q, N)``.
 Means and products are float64 (an uncentred float32 E[xy] − E[x]E[y] returns rounding noise for a
 trace of mean 2.5 and standard deviation 10⁻³).
+
+**Batches.** Standard errors are batch means (Flegal and Jones 2010). All batches of a chain have
+one length, a power of two, but the last, which takes the rest as well: a run can then be extended
+without its traces, as pairs of batches become one. They are as long as 12 batches over all chains
+allow (so there are 12 to 24, or one per chain where there are more chains): long batches are what
+strongly correlated draws need, and the t quantiles pay for the fewness.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 
-__all__ = ["CrossCovariance", "batch_slices", "cross_covariance"]
+from bayesinf._batch_sums import BatchSums, Estimates, estimate
 
-MIN_BATCHES = 20
+__all__ = [
+    "CrossCovariance",
+    "batch_edges",
+    "batch_length",
+    "batch_slices",
+    "batches_of_a_chain",
+    "columns_at_a_time",
+    "combine",
+    "cross_covariance",
+]
+
+MIN_BATCHES = 12
+_BLOCK_VALUES = 1 << 23
 
 
 @dataclass(frozen=True)
 class CrossCovariance:
-    """Estimates ``(Q, N)``; ``within`` is centred per chain, a check on ``value``."""
+    """Estimates ``(Q, N)``; ``within`` is centred per chain, a check on ``value``.
+
+    ``freedom`` are the degrees of freedom of ``mcse`` (``batches − 1`` where all are of one
+    length), ``share (B,)`` the share of the draws that each batch holds. Where asked for,
+    ``deleted (B, Q, N)`` is the estimate without each batch and ``halves (2, Q, N)`` that of each
+    half of the chains (of the draws, for one chain); else they are empty.
+    """
 
     value: np.ndarray
     mcse: np.ndarray
     within: np.ndarray
     batches: int
+    freedom: float
+    share: np.ndarray
+    deleted: np.ndarray
+    halves: np.ndarray
 
 
-def batch_slices(chains: int, draws: int, per_chain: int | None = None) -> list[slice]:
-    """Consecutive batches of a chain, as long as 20 batches over all chains allow.
+def batches_of_a_chain(chains: int) -> int:
+    """Batches per chain, at least: as few as make 12 over all chains."""
+    return -(-MIN_BATCHES // chains)
+
+
+def batch_length(draws: int, least: int) -> int:
+    """Length of a batch: the largest power of two that gives at least ``least`` whole batches."""
+    length = 1
+    while draws // (2 * length) >= least:
+        length *= 2
+    return length
+
+
+def batch_edges(chains: int, draws: int, per_chain: int | None = None) -> np.ndarray:
+    """First draw of every batch of a chain, and the number of draws.
+
+    Parameters
+    ----------
+    chains, draws
+        ``C`` and ``T``.
+    per_chain
+        Batches per chain, at least, of those that powers of two allow; default: as few as make 12
+        over all chains.
+
+    Returns
+    -------
+    np.ndarray
+        ``0, L, 2L, …, T``; 0 and T alone where one batch per chain is enough.
 
     Raises
     ------
     ValueError
         If the draws do not suffice for two batches in all.
     """
-    count = -(-MIN_BATCHES // chains) if per_chain is None else per_chain
+    count = batches_of_a_chain(chains) if per_chain is None else per_chain
     count = min(count, max(1, draws // 2))
     if count * chains < 2 or draws < 2:
         raise ValueError(
             f"standard errors need at least two batches of two draws; got {chains} chain(s) of "
             f"{draws} draw(s)."
         )
-    edges = np.linspace(0, draws, count + 1).round().astype(int)
-    return [slice(a, b) for a, b in pairwise(edges.tolist())]
+    if count == 1:
+        return np.array([0, draws])
+    length = batch_length(draws, count)
+    return np.append(np.arange(draws // length) * length, draws)
+
+
+def batch_slices(chains: int, draws: int, per_chain: int | None = None) -> list[slice]:
+    """Batches of a chain as slices of its draws; arguments and errors of :func:`batch_edges`."""
+    return [slice(a, b) for a, b in pairwise(batch_edges(chains, draws, per_chain).tolist())]
 
 
 def cross_covariance(
@@ -54,6 +116,7 @@ def cross_covariance(
     correlation: bool = False,
     batches_per_chain: int | None = None,
     block: int = 4096,
+    replicates: bool = False,
 ) -> CrossCovariance:
     r"""Covariances (or correlations) of every column of ``x`` with every column of ``y``.
 
@@ -68,65 +131,70 @@ def cross_covariance(
         Divide by the standard deviations; the standard error then is that of the correlation, by
         the delta method.
     batches_per_chain
-        Default: as few as make 20 in all.
+        At least; default: as few as make 12 in all.
     block
-        Columns of ``y`` at a time.
+        Columns of ``y`` at a time, at most.
+    replicates
+        Also the estimates without each batch, and of each half.
 
     Returns
     -------
     CrossCovariance
-        ``mcse² = Σ_b (P_b − P̄)²/(B(B−1))``, ``P_b`` the mean of centred products over batch ``b``,
-        weighted by batch length (batch means; Flegal and Jones 2010).
+        ``mcse² = Σ_b (P_b − L_b P̄)²/(T²C²(1 − Σ_b s_b²))``, ``P_b`` the sum of centred products
+        over a batch of ``L_b`` draws, ``s_b`` its share of the draws, ``P̄`` the mean product.
+
+    Raises
+    ------
+    ValueError
+        If there are too few draws, or a correlation is wanted of a loss that never varies.
     """
-    chains, draws = x.shape[:2]
-    slices = batch_slices(chains, draws, batches_per_chain)
-    xs, mean_x = _centred(x, center, correlation)
-    out = [np.empty((x.shape[2], y.shape[2])) for _ in range(3)]
-    for start in range(0, y.shape[2], block):
-        columns = slice(start, start + block)
-        ys, mean_y = _centred(y[:, :, columns], center, correlation)
-        value, mcse = _batch_means(xs, ys, slices, correlation)
-        between = np.einsum("cq,cn->qn", mean_x, mean_y) / chains
-        for target, part in zip(out, (value, mcse, value - between), strict=True):
-            target[:, columns] = part
-    factor = 1.0 if correlation else chains * draws / (chains * draws - 1)
-    value, mcse, within = (array * factor for array in out)
-    return CrossCovariance(value, mcse, within, len(slices) * chains)
+    slices = batch_slices(x.shape[0], x.shape[1], batches_per_chain)
+    blocks = _blocks(x, y, slices, columns_at_a_time(block, x.shape[0] * len(slices), x.shape[2]))
+    return combine(blocks, (x.shape[2], y.shape[2]), center, correlation, replicates)
 
 
-def _centred(values: np.ndarray, center: str, standardise: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Centred (and scaled) values, and what the chain means are then."""
-    values = values.astype(np.float64)
-    axes = (0, 1) if center == "grand" else (1,)
-    values -= values.mean(axis=axes, keepdims=True)
-    if standardise:
-        sd = np.sqrt((values**2).mean(axis=(0, 1)))
-        if not (sd > 0).all():
-            raise ValueError(
-                f"{int((sd == 0).sum())} losses never vary over the draws, so that they have no "
-                f"correlation. Use the covariance (normalize=None) or more, hotter draws."
-            )
-        values /= sd
-    return values, values.mean(axis=1)
+def columns_at_a_time(block: int, batches: int, rows: int) -> int:
+    """Columns whose products, of all batches, take at most 64 MiB."""
+    return max(1, min(block, _BLOCK_VALUES // (batches * rows)))
 
 
-def _batch_means(
-    x: np.ndarray, y: np.ndarray, slices: list[slice], correlation: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    total = x.shape[0] * x.shape[1]
-    value = (
-        np.einsum("sq,sn->qn", x.reshape(total, -1), y.reshape(total, -1), optimize=True) / total
-    )
-    squares, number = np.zeros_like(value), len(slices) * x.shape[0]
-    for xc, yc in zip(x, y, strict=True):
-        for where in slices:
-            xb, yb = xc[where], yc[where]
-            product = xb.T @ yb
-            if correlation:
-                spread = (xb**2).sum(0)[:, None] + (yb**2).sum(0)[None, :]
-                deviation = product - 0.5 * value * spread
-            else:
-                deviation = product - len(xb) * value
-            squares += deviation**2
-    # deviations are sums over a batch; those of means, weighted by length, divide by total / B
-    return value, np.sqrt(squares / (number * (number - 1))) / (total / number)
+def combine(
+    blocks: Iterable[tuple[slice, BatchSums]],
+    shape: tuple[int, int],
+    center: str,
+    correlation: bool,
+    replicates: bool,
+) -> CrossCovariance:
+    """Estimate from sums over batches, given for a block of columns at a time."""
+    wide: dict[str, np.ndarray] = {}
+    for columns, sums in blocks:
+        part = estimate(sums, center, correlation, replicates)
+        for name, array in part.arrays().items():
+            if name not in wide:
+                wide[name] = np.empty((*array.shape[:-1], shape[1]))
+            wide[name][..., columns] = array
+        last: Estimates = part
+    return CrossCovariance(batches=len(last.share), freedom=last.freedom, share=last.share, **wide)
+
+
+def _blocks(
+    x: np.ndarray, y: np.ndarray, slices: list[slice], width: int
+) -> Iterator[tuple[slice, BatchSums]]:
+    """Sums over the batches of arrays, less their means, ``width`` columns at a time."""
+    chains, per = len(x), len(slices)
+    length = np.array([s.stop - s.start for s in slices] * chains, dtype=np.float64)
+    mean_x, mean_y = (values.mean(axis=(0, 1), dtype=np.float64) for values in (x, y))
+    for start in range(0, y.shape[2], width):
+        columns = slice(start, min(start + width, y.shape[2]))
+        product = np.empty((chains * per, x.shape[2], columns.stop - start))
+        x_sum, x_square = np.empty((2, len(product), x.shape[2]))
+        y_sum, y_square = np.empty((2, len(product), product.shape[2]))
+        for c in range(chains):  # one at a time: a chain may be large
+            xs, ys = x[c] - mean_x, y[c, :, columns] - mean_y[columns]
+            for b, where in enumerate(slices, start=c * per):
+                xb, yb = xs[where], ys[where]
+                np.matmul(xb.T, yb, out=product[b])
+                x_sum[b], x_square[b] = xb.sum(axis=0), np.einsum("tq,tq->q", xb, xb)
+                y_sum[b], y_square[b] = yb.sum(axis=0), np.einsum("tn,tn->n", yb, yb)
+        owner = np.repeat(np.arange(chains), per)
+        yield columns, BatchSums(length, owner, x_sum, y_sum, x_square, y_square, product)

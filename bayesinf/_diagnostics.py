@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xarray as xr
 
+from bayesinf._stream_diagnostics import segment_statistics
+
 if TYPE_CHECKING:
+    from bayesinf._streaming import StreamingCovariance
     from bayesinf._traces import TraceStore
 
 __all__ = ["ConvergenceWarning", "diagnose", "rhat_of_means", "trend_share"]
@@ -49,7 +52,9 @@ def trend_share(values: np.ndarray) -> np.ndarray:
     return np.divide(explained, total, out=np.zeros_like(total), where=total > 0)
 
 
-def diagnose(traces: TraceStore, *, max_examples: int | None = None) -> xr.Dataset:
+def diagnose(
+    traces: TraceStore | StreamingCovariance, *, max_examples: int | None = None
+) -> xr.Dataset:
     r"""Diagnose every recorded loss and say in words whether the chains can be believed.
 
     Parameters
@@ -77,21 +82,25 @@ def diagnose(traces: TraceStore, *, max_examples: int | None = None) -> xr.Datas
     Good means: 95 % of the losses have R-hat and nested R-hat ≤ 1.05 and effective draws ≥ 100,
     and the median trend share is ≤ 0.1. R-hat and effective draws: Vehtari et al. 2021; nested
     R-hat: Margossian et al. 2024. Losses that never vary are left out.
+
+    From a :class:`bayesinf.StreamingCovariance`, which has no draws to rank, R-hat and nested R-hat
+    are the classic ones of split chains and effective draws are by batch means, all from sums over
+    8 to 16 segments per chain (more for one chain); drift and the rules are the same.
     """
     out: dict[str, tuple[str, np.ndarray]] = {}
     coords: dict[str, np.ndarray] = {}
+    if traces.draws and traces.draws < 4:
+        raise ValueError(
+            f"diagnostics need at least 4 draws per chain; this store has {traces.draws}. Call "
+            f"sample() again with more draws and the same store."
+        )
     for group in ("train", "query"):
-        values = traces.values(group)
-        if values.sizes["draw"] < 4:
-            raise ValueError(
-                f"diagnostics need at least 4 draws per chain; this store has "
-                f"{values.sizes['draw']}. Call sample() again with more draws and the same store."
-            )
-        if max_examples is not None and values.sizes[group] > max_examples:
-            pick = np.linspace(0, values.sizes[group] - 1, max_examples).round().astype(int)
-            values = values.isel({group: np.unique(pick)})
-        coords[group] = values[group].values
-        for name, array in _statistics(values.values, traces.superchains).items():
+        ids = traces.ids(group)
+        pick = np.arange(len(ids))
+        if max_examples is not None and len(ids) > max_examples:
+            pick = np.unique(np.linspace(0, len(ids) - 1, max_examples).round().astype(int))
+        coords[group] = ids[pick]
+        for name, array in _table(traces, group, pick).items():
             out[f"{name}_{group}"] = (group, array)
     data = xr.Dataset(out, coords=coords)
     problems = _problems(data, traces)
@@ -100,6 +109,15 @@ def diagnose(traces: TraceStore, *, max_examples: int | None = None) -> xr.Datas
         "the chains show no sign of trouble" if not problems else "; ".join(problems)
     )
     return data
+
+
+def _table(
+    traces: TraceStore | StreamingCovariance, group: str, pick: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Statistics of some examples, from draws where there are draws."""
+    if hasattr(traces, "segments"):
+        return segment_statistics(traces.segments(group, pick), traces.superchains)
+    return _statistics(traces.values(group).values[:, :, pick], traces.superchains)
 
 
 def _statistics(values: np.ndarray, superchains: np.ndarray) -> dict[str, np.ndarray]:
@@ -128,7 +146,7 @@ def _statistics(values: np.ndarray, superchains: np.ndarray) -> dict[str, np.nda
     return out
 
 
-def _problems(data: xr.Dataset, traces: TraceStore) -> list[str]:
+def _problems(data: xr.Dataset, traces: TraceStore | StreamingCovariance) -> list[str]:
     """Each sentence: what was seen, and what to do."""
     problems = []
     for group in ("train", "query"):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import zarr
 
-__all__ = ["flatten_config", "identity", "lay_out"]
+__all__ = ["differences", "flatten_config", "identity", "lay_out"]
 
 _CHUNK_VALUES = 1 << 18
 _STATS = {
@@ -35,6 +35,21 @@ def flatten_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any
         else:
             flat[prefix + key] = value
     return flat
+
+
+def differences(mine: Mapping[str, Any], asked: Mapping[str, Any], where: str) -> str:
+    """Say in which settings a store ``where`` and what is asked for differ, with both values."""
+    own, other = flatten_config(mine), flatten_config(json.loads(json.dumps(asked)))
+    rows = [
+        f"  {key}: store has {own.get(key)!r}, asked for {other.get(key)!r}"
+        for key in sorted(own.keys() | other.keys())
+        if own.get(key) != other.get(key)
+    ]
+    return (
+        f"the store {where} was made with other settings, and draws of two settings do not mix:\n"
+        + "\n".join(rows)
+        + "\nUse these settings, or another store."
+    )
 
 
 def lay_out(

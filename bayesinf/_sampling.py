@@ -6,15 +6,16 @@ import io
 import os
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from bayesinf._accuracy import Until, Watch
 from bayesinf._batching import Batches, Batching
 from bayesinf._diagnostics import rhat_of_means
 from bayesinf._gradient_noise import excess_temperature, warn_of_noise
@@ -23,6 +24,8 @@ from bayesinf._plan import Plan
 from bayesinf._posterior import LocalPosterior, Potential
 from bayesinf._precision import swallowed, warn_of_rounding
 from bayesinf._rng import ChainGenerators, starting_points
+from bayesinf._store import Store
+from bayesinf._streaming import StreamingCovariance
 from bayesinf._task import Measurement
 from bayesinf._traces import FailedChainsWarning, StoreError, TraceStore
 from bayesinf.samplers import Sampler, State
@@ -30,6 +33,8 @@ from bayesinf.samplers import Sampler, State
 __all__ = ["DivergenceError", "sample"]
 
 _COMMIT_SECONDS = 30.0
+
+_Store = TypeVar("_Store", bound=Store)
 
 
 class DivergenceError(RuntimeError):
@@ -48,7 +53,8 @@ def sample(
     seed: int = 0,
     observe: Mapping[str, Sequence[Any] | None] | None = None,
     measurements: Sequence[str] | Mapping[str, Measurement] = ("loss",),
-    store: str | os.PathLike[str] | TraceStore | None = None,
+    store: str | os.PathLike[str] | _Store | None = None,
+    until: Until | Callable[[Store], bool] | None = None,
     superchains: int | None = None,
     jitter: float = 1.0,
     divergence_bound: float | None = None,
@@ -58,7 +64,7 @@ def sample(
     device: torch.device | str | None = None,
     max_excess: float = 0.05,
     progress: bool = True,
-) -> TraceStore:
+) -> TraceStore | _Store:
     r"""Sample a local posterior and record per-example losses at every kept draw.
 
     Parameters
@@ -69,6 +75,7 @@ def sample(
         The kernel, with its step size.
     draws
         Kept draws per chain **in all**: with a store that already holds some, the rest is added.
+        With ``until``, at most.
     warmup
         Steps before the first kept draw, thrown away; adaptive kernels adapt here and only here.
     chains
@@ -90,7 +97,12 @@ def sample(
         the loss is recorded.
     store
         Where traces go: a path (``*.zarr``), an earlier :class:`TraceStore` to extend, or None for
-        memory. A store with other settings is refused.
+        memory. A :class:`StreamingCovariance` keeps sums instead, which do not grow. A store with
+        other settings is refused.
+    until
+        Stop earlier: at a precision or after a time (:class:`Until`), or when a function of the
+        store returns True. Asked whenever the draws grew by a quarter; like ``draws`` it may
+        change from call to call on one store.
     superchains
         Groups of chains that start at the same point; default 4 where ``chains`` is a multiple of
         4, else one per chain. Nested R-hat compares them.
@@ -118,8 +130,8 @@ def sample(
 
     Returns
     -------
-    TraceStore
-        With ``draws`` draws per chain.
+    TraceStore or StreamingCovariance
+        With ``draws`` draws per chain, or fewer that are enough.
 
     Raises
     ------
@@ -154,12 +166,16 @@ def sample(
     traces = _prepare_store(store, plan, draws)
     if traces.failed and (on_divergence == "raise" or not traces.healthy):
         raise DivergenceError(_divergence_message(traces.failed, plan))
-    if traces.draws >= draws:
+    watch = Watch(until)
+    if traces.draws >= draws or watch.enough(traces):
         return traces
     potential = posterior.bind(vectorize=vectorize, chunk_size=chunk_size)
     run = _Run(plan, potential, traces, divergence_bound, on_divergence, max_excess)
     with torch.no_grad():
-        run.go(draws, progress)
+        try:
+            run.go(draws, watch, progress)
+        finally:
+            traces.flush()
     if traces.failed:
         warnings.warn(
             f"chains {sorted(traces.failed)} diverged and were stopped; they are absent from every "
@@ -178,18 +194,20 @@ def _move(sampler: Sampler, device: torch.device) -> Sampler:
 
 
 def _prepare_store(
-    store: str | os.PathLike[str] | TraceStore | None, plan: Plan, draws: int
-) -> TraceStore:
+    store: str | os.PathLike[str] | _Store | None, plan: Plan, draws: int
+) -> TraceStore | _Store:
     config = plan.config()
-    if store is not None and not isinstance(store, TraceStore) and os.path.exists(store):
-        store = TraceStore.open(store)
-    if isinstance(store, TraceStore):
-        store.check_identity(config)
-        store.grow(draws)
-        return store
     names = {group: list(m) for group, m in plan.measurements.items()}
     ids = {group: plan.ids(group) for group in plan.observed}
-    return TraceStore.create(store, config, ids, names, draws)
+    if isinstance(store, StreamingCovariance):
+        store.begin(config, ids, names)
+        return store
+    if store is None or (isinstance(store, str | os.PathLike) and not os.path.exists(store)):
+        return TraceStore.create(store, config, ids, names, draws)
+    found = TraceStore.open(store) if isinstance(store, str | os.PathLike) else store
+    found.check_identity(config)
+    found.grow(draws)
+    return found
 
 
 class _Run:
@@ -199,7 +217,7 @@ class _Run:
         self,
         plan: Plan,
         potential: Potential,
-        traces: TraceStore,
+        traces: Store,
         bound: float | None,
         on_divergence: Literal["raise", "drop"],
         max_excess: float,
@@ -231,7 +249,7 @@ class _Run:
 
     # ------------------------------------------------------------------ the run
 
-    def go(self, draws: int, progress: bool) -> None:
+    def go(self, draws: int, watch: Watch, progress: bool) -> None:
         if self.traces.payload:
             self._restore(self.traces.payload)
         else:
@@ -249,10 +267,14 @@ class _Run:
                 record = self._record()
                 buffer.add(record)
                 means.append(record["train/loss"].mean(1))
-                if buffer.full(self.traces) or self.traces.draws + len(buffer) == draws:
+                count = self.traces.draws + len(buffer)
+                ask = watch.due(count, self._seconds())
+                if buffer.full(self.traces) or ask or count == draws:
                     self._commit(buffer)
                     if progress:
                         bar.set_postfix_str(_summary(np.stack(means, axis=1)))
+                    if ask and watch.enough(self.traces):
+                        break
 
     def _start(self) -> None:
         plan = self.plan
@@ -391,10 +413,14 @@ class _Run:
     def _commit(self, buffer: _Buffer) -> None:
         self.traces.append(buffer.take(), self._payload(), self._facts())
 
+    def _seconds(self) -> float:
+        """Of this call and the earlier ones on this store."""
+        return self.spent + time.perf_counter() - self.began
+
     def _facts(self) -> dict[str, Any]:
         return {
             "failed": {str(c): why for c, why in self.failed.items()},
-            "seconds": self.spent + time.perf_counter() - self.began,
+            "seconds": self._seconds(),
             "checks": self.checks,
         }
 
@@ -435,7 +461,7 @@ class _Buffer:
     def add(self, record: dict[str, np.ndarray]) -> None:
         self.records.append(record)
 
-    def full(self, traces: TraceStore) -> bool:
+    def full(self, traces: Store) -> bool:
         """Whether a chunk is complete, or the last commit is long ago."""
         whole = (traces.draws + len(self.records)) % self.chunk == 0
         return whole or time.monotonic() - self.since > _COMMIT_SECONDS

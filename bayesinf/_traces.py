@@ -31,9 +31,9 @@ import xarray as xr
 import zarr
 from zarr.storage import MemoryStore
 
-from bayesinf._layout import flatten_config, identity, lay_out
+from bayesinf._layout import differences, identity, lay_out
 
-__all__ = ["FailedChainsWarning", "StoreError", "TraceStore", "open_traces"]
+__all__ = ["FailedChainsWarning", "StoreError", "TraceStore", "disk", "open_traces"]
 
 
 class StoreError(RuntimeError):
@@ -89,7 +89,7 @@ class TraceStore:
             return cls(None, lay_out(store, config, ids, measurements, draws), store)
         final = Path(path)
         partial = final.with_name(f".{final.name}.partial")
-        with _disk(f"making a store at {os.fspath(path)!r}"):
+        with disk(f"making a store at {os.fspath(path)!r}"):
             lay_out(partial, config, ids, measurements, draws)
             os.rename(partial, final)  # whole or not at all, whenever the process is killed
         return cls.open(path)
@@ -124,19 +124,9 @@ class TraceStore:
 
     def check_identity(self, config: Mapping[str, Any]) -> None:
         """Raise :class:`StoreError` where ``config`` differs, showing both values."""
-        if identity(config) == self._root.attrs["identity"]:
-            return
-        mine, theirs = flatten_config(self.config), flatten_config(json.loads(json.dumps(config)))
-        rows = [
-            f"  {key}: store has {mine.get(key)!r}, asked for {theirs.get(key)!r}"
-            for key in sorted(mine.keys() | theirs.keys())
-            if mine.get(key) != theirs.get(key)
-        ]
-        where = "in memory" if self.path is None else f"at {os.fspath(self.path)!r}"
-        raise StoreError(
-            f"the store {where} was made with other settings, and draws of two settings do not "
-            f"mix:\n" + "\n".join(rows) + "\nUse these settings, or another store."
-        )
+        if identity(config) != self._root.attrs["identity"]:
+            where = "in memory" if self.path is None else f"at {os.fspath(self.path)!r}"
+            raise StoreError(differences(self.config, config, where))
 
     # ------------------------------------------------------------------ writing
 
@@ -147,7 +137,7 @@ class TraceStore:
 
     def grow(self, draws: int) -> None:
         """Make room for ``draws`` draws in all."""
-        with _disk(f"making room for {draws} draws in {self.path}"):
+        with disk(f"making room for {draws} draws in {self.path}"):
             for _, array in self._arrays():
                 names = array.metadata.dimension_names or ()
                 if "draw" in names and array.shape[names.index("draw")] < draws:
@@ -179,7 +169,7 @@ class TraceStore:
         """
         count = {v.shape[1] for v in values.values()} or {0}
         (k,) = count
-        with _disk(
+        with disk(
             f"writing {k} draws to {self.path}",
             f"The {self.draws} draws before them are committed and intact; free space (or mend the "
             f"disk) and call sample() again with the same arguments to go on.",
@@ -187,6 +177,9 @@ class TraceStore:
             for name, array in values.items():
                 self._root[name][:, self.draws : self.draws + k] = array
             self._commit(self.draws + k, payload, extra)
+
+    def flush(self) -> None:
+        """Nothing waits: what was appended is committed."""
 
     def _commit(self, draws: int, payload: bytes, extra: Mapping[str, Any]) -> None:
         header = {"draws_written": draws, **extra}
@@ -261,6 +254,10 @@ class TraceStore:
         out.attrs = dict(tree.attrs)
         return out
 
+    def ids(self, group: str) -> np.ndarray:
+        """Ids of the observed examples of ``"train"`` or ``"query"``."""
+        return np.asarray(self._root[group][group][:])
+
     def values(self, group: str, measurement: str = "loss") -> xr.DataArray:
         """Draws of the healthy chains, ``(chain, draw, example)``.
 
@@ -295,8 +292,7 @@ class TraceStore:
             )
         array = self._root[group][measurement]
         data = np.asarray(array[:, : self.draws])[self.healthy]
-        ids = self._root[group][group][:]
-        coords = {"chain": self.healthy, "draw": np.arange(self.draws), group: np.asarray(ids)}
+        coords = {"chain": self.healthy, "draw": np.arange(self.draws), group: self.ids(group)}
         return xr.DataArray(data, dims=("chain", "draw", group), coords=coords, name=measurement)
 
     def to_arviz(self) -> xr.DataTree:
@@ -354,7 +350,7 @@ def open_traces(path: str | os.PathLike[str]) -> TraceStore:
 
 
 @contextmanager
-def _disk(doing: str, advice: str = "Free space and try again.") -> Iterator[None]:
+def disk(doing: str, advice: str = "Free space and try again.") -> Iterator[None]:
     """Turn a refusal of the disk into a :class:`StoreError` that says what to do."""
     try:
         yield
