@@ -24,6 +24,7 @@ from bayesinf.evaluation._alignment import (
     method_name,
     outcomes,
 )
+from bayesinf.evaluation._monte_carlo import monte_carlo
 from bayesinf.evaluation._statistics import (
     MeanEstimate,
     delete_one_spearman,
@@ -51,7 +52,12 @@ def lds(
 
     The interval is for the expected LDS of these scores at as many subsets and seeds. Its subset
     part is a jackknife that leaves out a subset for all queries at once, so it holds
-    when queries share their effects; ``queries="random"`` adds the spread of the queries.
+    when queries share their effects; ``queries="random"`` adds the spread of the queries. It takes
+    the scores as they are. What another run of the sampler would change is told apart, where scores
+    carry replicates (``bif(traces, replicates=True)``): ``mcse``, the Monte-Carlo standard error of
+    the LDS by a jackknife over batches of draws, and ``reliability``, the share of the variance of
+    the predictions that is no Monte-Carlo noise, from two halves of the chains. Noise also lowers
+    the LDS, by about the factor ``attenuation = √reliability``.
 
     Parameters
     ----------
@@ -74,7 +80,8 @@ def lds(
     -------
     xr.Dataset
         Scalars ``lds``, ``standard_error`` (and its parts ``subset_error``, ``query_error``),
-        ``lower``, ``upper``; ``lds_query (query)``.
+        ``lower``, ``upper``; ``lds_query (query)``; with replicates also ``mcse``, ``reliability``
+        and ``attenuation``.
 
     Raises
     ------
@@ -89,7 +96,12 @@ def lds(
         "checkpoints": checkpoints(scores),
         **_attrs(bank, measurement, queries, confidence),
     }
-    return _dataset("lds", estimate, values, aligned.query, attrs)
+    noise = monte_carlo(scores, bank, measurement, constant, estimate.mean)
+    if noise:
+        attrs["monte_carlo"] = (
+            "mcse is apart from standard_error, lower and upper, which take the scores as they are"
+        )
+    return _dataset("lds", estimate, values, aligned.query, attrs).assign(noise)
 
 
 def lds_difference(
@@ -205,8 +217,9 @@ def lds_table(
     xr.Dataset
         By ``scorer``, the name of the scores: ``lds``, ``standard_error``, ``subset_error``,
         ``query_error``, ``lower``, ``upper``, ``relative`` (LDS / ceiling; absent with a single
-        seed), ``seconds`` (from ``attrs["seconds"]``, summed over stages, NaN where unknown) and
-        ``lds_query (scorer, query)``; scalar ``ceiling``.
+        seed), ``mcse``, ``reliability`` and ``attenuation`` (where any scores have replicates, NaN
+        for those without), ``seconds`` (from ``attrs["seconds"]``, summed over stages, NaN where
+        unknown) and ``lds_query (scorer, query)``; scalar ``ceiling``.
 
     Raises
     ------
@@ -229,9 +242,14 @@ def lds_table(
         )
         for own in named.values()
     ]
+    noise = {str(name) for row in rows for name in row.data_vars} - set(rows[0].data_vars)
+    noise |= {name for name in ("mcse", "reliability", "attenuation") if name in rows[0]}
+    rows = [row.assign({name: np.nan for name in noise if name not in row}) for row in rows]
     table = xr.concat(rows, dim="scorer", combine_attrs="drop").assign_coords(scorer=names)
     table["seconds"] = ("scorer", [_seconds(own) for own in named.values()])
-    table.attrs = {key: value for key, value in rows[0].attrs.items() if key != "method"}
+    table.attrs = {
+        key: value for key, value in rows[0].attrs.items() if key not in ("method", "monte_carlo")
+    }
     if bank.sizes["seed"] > 1:
         table["ceiling"] = noise_ceiling(bank, measurement, query=query)["ceiling"]
         table["relative"] = table["lds"] / table["ceiling"]
