@@ -17,7 +17,7 @@ from bayesinf._batching import Batches, normalise
 from bayesinf._posterior import LocalPosterior
 from bayesinf._task import Measurement
 from bayesinf.samplers import Sampler
-from bayesinf.samplers._preconditioner import summary
+from bayesinf.samplers._preconditioner import push, summary
 
 __all__ = ["Plan"]
 
@@ -66,7 +66,8 @@ class Plan:
         groups = superchains or (4 if chains % 4 == 0 else chains)
         if chains % groups:
             raise ValueError(f"chains={chains} must be a multiple of superchains={groups}.")
-        if jitter > 0 and posterior.prior_precision == 0:
+        laplace = getattr(sampler, "preconditioner", None) is not None
+        if jitter > 0 and posterior.prior_precision == 0 and not laplace:
             raise ValueError(
                 "starting points are spread by the prior's width 1/√(γ + nβ·wd), which is infinite "
                 "here: give the posterior gamma > 0, or start all chains at w0 with jitter=0."
@@ -98,6 +99,15 @@ class Plan:
             posterior, sampler, warmup, chains, thin, batches, seed, groups, float(jitter),
             observed, {"train": {"loss": "loss"}, "query": {"loss": "loss", **named}},
         )  # fmt: skip
+
+    def spread(self, noise: Tensor) -> Tensor:
+        """Standard normal rows as offsets of starting points from the checkpoint."""
+        preconditioner = getattr(self.sampler, "preconditioner", None)
+        if not self.jitter:
+            return torch.zeros_like(noise)
+        if preconditioner is not None:
+            return self.jitter * push(preconditioner, noise)
+        return self.jitter / self.posterior.prior_precision**0.5 * noise
 
     def ids(self, group: str) -> np.ndarray:
         return self.posterior.task.examples(group).ids[self.observed[group]]

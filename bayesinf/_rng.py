@@ -6,7 +6,7 @@ a chain's randomness does not depend on how many chains run beside it or on how 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -156,12 +156,17 @@ def systematic(cumulated: np.ndarray, size: int, offset: float) -> np.ndarray:
 
 
 def starting_points(
-    center: Tensor, chains: int, superchains: int, scale: float, seed: int
+    center: Tensor,
+    chains: int,
+    superchains: int,
+    spread: Callable[[Tensor], Tensor],
+    seed: int,
 ) -> Tensor:
-    """Chain starts ``(C, d)``: ``center + scale · z_k``, one ``z_k ~ N(0, I)`` per superchain."""
-    draws = []
+    """Chain starts ``(C, d)``: ``center + spread(z_k)``, one ``z_k ~ N(0, I)`` per superchain."""
+    noise = []
     for k in range(superchains):
         generator = torch.Generator().manual_seed(_torch_seed(seed, _STARTS, k))
         z = torch.empty(center.shape, dtype=center.dtype).normal_(generator=generator)
-        draws.append(center + scale * z.to(center.device))
-    return torch.stack(draws).repeat_interleave(chains // superchains, dim=0)
+        noise.append(z.to(center.device))
+    starts = center + spread(torch.stack(noise))
+    return starts.repeat_interleave(chains // superchains, dim=0)

@@ -107,8 +107,9 @@ def sample(
         Groups of chains that start at the same point; default 4 where ``chains`` is a multiple of
         4, else one per chain. Nested R-hat compares them.
     jitter
-        Standard deviation of the starting points around the checkpoint, in units of the prior's
-        ``1/√(γ + nβ·wd)``: at 1 they are over-dispersed in every direction of positive curvature.
+        Spread of the starting points around the checkpoint: as a multiple of the Gaussian that the
+        kernel's preconditioner stands for (a Laplace draw) or, without one, of the prior's
+        ``1/√(γ + nβ·wd)``, which is over-dispersed in every direction of positive curvature.
     divergence_bound
         A chain whose mean observed loss exceeds this is stopped and marked ``diverging``. Default:
         ``L(w0) + 10·(1 + d/(2nβ))``, ten times what ``d`` unconstrained directions would add.
@@ -278,10 +279,8 @@ class _Run:
 
     def _start(self) -> None:
         plan = self.plan
-        precision = plan.posterior.prior_precision
-        scale = plan.jitter / precision**0.5 if plan.jitter else 0.0
         start = starting_points(
-            self.potential.center, plan.chains, plan.superchains, scale, plan.seed
+            self.potential.center, plan.chains, plan.superchains, plan.spread, plan.seed
         )
         self.state = plan.sampler.init(start, self.rng)
 

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+import bayesinf as bi
 from bayesinf._rng import BatchStream, ChainGenerators, starting_points
+from tests import quadratic
 
 CPU = torch.device("cpu")
 
@@ -99,27 +101,46 @@ def test_the_global_generator_is_left_alone():
     before = torch.random.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
     ChainGenerators(0, 2, CPU).normal_like(torch.zeros(2, 3))
     BatchStream(0, 2, 9, 3).at(4)
-    starting_points(torch.zeros(3), 4, 2, 1.0, 0)
+    starting_points(torch.zeros(3), 4, 2, lambda z: z, 0)
     assert torch.equal(torch.random.get_rng_state(), before[0])
     assert (np.random.get_state()[1] == before[1]).all()  # noqa: NPY002
 
 
 def test_starting_points_are_shared_within_a_superchain():
     center = torch.arange(5.0, dtype=torch.float64)
-    points = starting_points(center, 8, 4, 0.3, 1)
+    points = starting_points(center, 8, 4, lambda z: 0.3 * z, 1)
     assert points.shape == (8, 5)
     assert torch.equal(points[::2], points[1::2])
     assert len({tuple(p.tolist()) for p in points}) == 4
-    assert torch.equal(starting_points(center, 12, 4, 0.3, 1)[::3], points[::2])
-    assert torch.equal(starting_points(center, 2, 2, 0.3, 1), points[:4:2])
-    assert torch.equal(starting_points(center, 8, 4, 0.0, 1), center.expand(8, 5))
-    assert not torch.equal(starting_points(center, 8, 4, 0.3, 2), points)
-    double = starting_points(center, 8, 4, 0.6, 1)
+    assert torch.equal(starting_points(center, 12, 4, lambda z: 0.3 * z, 1)[::3], points[::2])
+    assert torch.equal(starting_points(center, 2, 2, lambda z: 0.3 * z, 1), points[:4:2])
+    assert torch.equal(starting_points(center, 8, 4, torch.zeros_like, 1), center.expand(8, 5))
+    assert not torch.equal(starting_points(center, 8, 4, lambda z: 0.3 * z, 2), points)
+    double = starting_points(center, 8, 4, lambda z: 0.6 * z, 1)
     torch.testing.assert_close(double - center, 2 * (points - center))
 
 
 def test_starting_points_have_the_stated_spread():
     """z-scores of a mean and a variance over 40,000 numbers, at 6 sd: false alarm below 1e-8."""
-    points = starting_points(torch.full((10_000,), 2.0, dtype=torch.float64), 4, 4, 0.5, 3)
+
+    def half(z):
+        return 0.5 * z
+
+    points = starting_points(torch.full((10_000,), 2.0, dtype=torch.float64), 4, 4, half, 3)
     assert abs(float(points.mean()) - 2) / 0.5 * 200 < 6
     assert abs(float(points.var()) / 0.25 - 1) * 20_000**0.5 < 6
+
+
+def test_chains_of_a_preconditioned_kernel_start_at_laplace_draws():
+    """Mean square distance of 1,000 starts is tr P, within 5 standard errors (6e-7)."""
+    problem = quadratic.make()
+    inverse = bi.fit_curvature(problem.task, fisher="enumerated").inverse(0.2)
+    kernel = bi.SGLD(1e-30, preconditioner=bi.Preconditioner(inverse, n_beta=60))
+    traces = bi.sample(
+        problem.posterior, kernel, draws=1, warmup=0, chains=1000, superchains=1000,
+        vectorize=True, progress=False,
+    )  # fmt: skip
+    squares = traces.tree["sample_stats"]["distance"].values.ravel() ** 2
+    error = squares.std() / 1000**0.5
+    assert abs(squares.mean() - inverse.trace() / 60) < 5 * error
+    assert abs(squares.mean() - 4 / problem.posterior.prior_precision) > 8 * error

@@ -97,7 +97,7 @@ def test_distance_and_density_of_a_start(potential):
     traces = run(posterior=posterior, sampler=bi.SGLD(1e-20), draws=1, warmup=0, jitter=0.5)
     stats = traces.tree["sample_stats"].load()
     center, batch = task.flatten(task.params), task.train.batch()
-    for c, w in enumerate(starting_points(center, 4, 4, 0.5 / 8**0.5, 0)):
+    for c, w in enumerate(starting_points(center, 4, 4, lambda z: 0.5 / 8**0.5 * z, 0)):
         away = w - center
         assert float(stats.distance[c, 0]) == pytest.approx(float(away.norm()), rel=1e-6)
 
