@@ -66,8 +66,10 @@ class Plan:
         groups = superchains or (4 if chains % 4 == 0 else chains)
         if chains % groups:
             raise ValueError(f"chains={chains} must be a multiple of superchains={groups}.")
-        laplace = getattr(sampler, "preconditioner", None) is not None
-        if jitter > 0 and posterior.prior_precision == 0 and not laplace:
+        preconditioner = getattr(sampler, "preconditioner", None)
+        if preconditioner is not None:
+            preconditioner.require_task(posterior.task)
+        if jitter > 0 and posterior.prior_precision == 0 and preconditioner is None:
             raise ValueError(
                 "starting points are spread by the prior's width 1/√(γ + nβ·wd), which is infinite "
                 "here: give the posterior gamma > 0, or start all chains at w0 with jitter=0."

@@ -13,7 +13,7 @@ import bayesinf as bi
 
 __all__ = ["Stage", "staged_bif"]
 
-_FIRST, _LEAST, _FASTEST = 2, 4, 4.0
+_FIRST, _FASTEST = 8, 3.0
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def staged_bif(
     """Calibrate, sample on and on, and score whenever a budget is spent.
 
     What the caller does with the scores is not counted. A budget that calibration and the first
-    draws exceed has no stage; one stage serves budgets that are closer together than the draws.
+    draws exceed has no stage.
 
     Parameters
     ----------
@@ -55,23 +55,28 @@ def staged_bif(
     began = time.process_time()
     found = bi.calibrate(task, weight_decay=weight_decay)
     spent = time.process_time() - began
-    draws, traces = _FIRST, None
+    options = {**found.options, "draws": _FIRST}
+    began = time.process_time()
+    traces = bi.sample(found.posterior, found.sampler, progress=False, **options)
+    bi.bif(traces)  # what scoring takes, for the budgets
+    scoring = time.process_time() - began
+    spent += scoring
     for budget in budgets:
-        scored = 0 if traces is None else traces.draws
-        while spent < 0.97 * budget:
-            began = time.process_time()
-            options = {**found.options, "draws": draws}
+        while spent + scoring < 0.97 * budget:
+            began, before = time.process_time(), traces.draws
             traces = bi.sample(
                 found.posterior, found.sampler, store=traces, progress=False, **options
             )
             latest = time.process_time() - began
             spent += latest
-            per_draw = latest / max(traces.draws - scored, 1)
-            draws = math.ceil(min(draws * _FASTEST, draws + max(1, (budget - spent) / per_draw)))
-            scored = traces.draws
-        if traces is None or traces.draws < _LEAST:
+            wanted = (budget - scoring - spent) * max(traces.draws - before, 1) / latest
+            options["draws"] = math.ceil(
+                min(traces.draws * _FASTEST, traces.draws + max(1.0, wanted))
+            )
+        if spent > budget:
             continue
         began = time.process_time()
         scores = bi.bif(traces)
-        spent += time.process_time() - began
+        scoring = time.process_time() - began
+        spent += scoring
         yield Stage(spent, scores, found)

@@ -16,6 +16,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from bayesinf._task import Task
 from bayesinf.curvature import Curvature, DeflatedInverse
 from bayesinf.curvature._operator import Factor
 
@@ -72,6 +73,17 @@ class Preconditioner:
     def apply_transpose(self, rows: Tensor) -> Tensor:
         """``Sᵀ`` times every row of ``(..., d)``."""
         return self._factor.apply_transpose(rows) * self.n_beta**-0.5
+
+    def require_task(self, task: Task) -> None:
+        """Raise ``ValueError`` unless it is of this task's parameters."""
+        if self.inverse.shape[0] != task.dimension:
+            raise ValueError(
+                f"the preconditioner is of {self.inverse.shape[0]} parameters and the task selects "
+                f"{task.dimension}. Usual cause: a curvature of another network, or of other "
+                f"parameters of it. Fit one for this task: bi.fit_curvature(task, …)."
+            )
+        if isinstance(self.inverse, Curvature):
+            self.inverse.require_task(task)
 
     def to(self, device: torch.device | str) -> Self:
         """Return the preconditioner on another device."""
