@@ -21,14 +21,18 @@ def _blocks(language: str) -> list[str]:
 
 
 def test_the_examples_run_and_their_chains_are_good(tmp_path: Path) -> None:
-    first, second = _blocks("python")
+    first, errors, second = _blocks("python")
     assert len([line for line in first.splitlines() if line.strip()]) <= 16
-    code = f"import torch\ntorch.set_num_threads(1)\n{first}\n{second}\n" + (
+    code = f"import torch\ntorch.set_num_threads(1)\n{first}\n{errors}\n{second}\n" + (
         "import numpy as np\n"
         "def correlation(a, b):\n"
         "    return np.corrcoef(a.influence.values.ravel(), b.influence.values.ravel())[0, 1]\n"
         "assert scores.influence.shape == (50, 250)\n"
         "assert correlation(scores, classical) > 0.5\n"
+        "assert correlation(shrunk, scores) > 0.9\n"
+        "assert hybrid.attrs['hybrid'] == 'bif + ekfac'\n"
+        "assert bool((best.certain <= best.possible).all())\n"
+        "assert classes.influence.shape == (50, 2)\n"
         "assert len(sweep) == 3\n"
         "assert correlation(sweep['of the posterior'], exact) > 0.9\n"
         "assert exact.attrs['unconverged'] == 0\n"
@@ -54,7 +58,7 @@ def test_the_commands_install_extras_that_exist(extra: str) -> None:
 def test_every_function_of_the_method_table_exists() -> None:
     rows = re.findall(r"^\| (`.*?) \|", README, flags=re.MULTILINE)
     names = {name for row in rows for name in re.findall(r"`(\w+)", row)}
-    assert set(bi.METHODS) | {"bif"} == names
+    assert set(bi.METHODS) | {"bif", "shrink"} == names
     assert all(callable(getattr(bi, name)) for name in names)
 
 
