@@ -1,10 +1,10 @@
 r"""How precise scores are, how many draws a wanted precision takes, and sampling until it is there.
 
-The precision of scores is one number: the median over pairs of ``mcse`` divided by the standard
-deviation of the query's scores over train examples. Being relative, it has no unit. At precision
-``r`` about ``r²`` of the variance between a query's scores is Monte-Carlo noise; with no signal at
-all it is near 1. As the noise falls with the draws ``T`` and the signal stays,
-``r²/(1 − r²) ∝ 1/T``.
+The precision of scores is one number: the root mean square of ``mcse`` over a query's train
+examples, divided by the standard deviation of its scores over them, and of all queries the median.
+Being relative, it has no unit. At precision ``r`` about ``r²`` of the variance between a query's
+scores is Monte-Carlo noise; with no signal at all it is near 1. As the noise falls with the draws
+``T`` and the signal stays, ``r²/(1 − r²) ∝ 1/T``.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ class MonteCarloWarning(UserWarning):
 
 
 def relative_mcse(value: np.ndarray, mcse: np.ndarray) -> float:
-    """Median over pairs ``(Q, N)`` of ``mcse`` over the standard deviation of ``value`` over ``N``.
+    """``√(Σ mcse² / Σ (value − mean)²)`` over the ``N`` of each row ``(Q, N)``; the median row's.
 
     Rows that do not vary are left out; infinite where none does.
     """
-    spread = value.std(axis=1, keepdims=True)
-    varies = spread[:, 0] > 0
+    signal, noise = value.var(axis=1), np.square(mcse).mean(axis=1)
+    varies = signal > 0
     if not varies.any():
         return math.inf
-    return float(np.median(mcse[varies] / spread[varies]))
+    return float(np.median(np.sqrt(noise[varies] / signal[varies])))
 
 
 def draws_needed(draws: int, precision: float, wanted: float) -> int | None:
@@ -73,8 +73,9 @@ class Until:
     Parameters
     ----------
     mcse
-        Wanted precision of the influence: the median over pairs of the Monte-Carlo standard error,
-        relative to the standard deviation of the query's scores over train examples. At ``r`` about
+        Wanted precision of the influence: the root mean square over train examples of the
+        Monte-Carlo standard error, relative to the standard deviation of the query's scores over
+        them; the median over queries. At ``r`` about
         ``r²`` of the variance between scores is noise. Believed only once
         :func:`bayesinf.diagnose` finds no fault with the chains (and a single chain is a fault).
     seconds

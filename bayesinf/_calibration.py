@@ -318,11 +318,18 @@ def _without_loss(posterior: LocalPosterior) -> tuple[LocalPosterior, Underdampe
 
 def _warn(pilot: Pilot, posterior: LocalPosterior) -> None:
     """Say that the pilot's chains have not settled around the checkpoint."""
-    why = (
-        f"they decorrelate in {pilot.time:.0f} steps or more, too slowly for the pilot to tell"
-        if not pilot.resolved
-        else f"the tilted loss fell by {-pilot.rise:.3g}: they left for a lower place"
-    )
+    if not pilot.resolved:
+        why = (
+            f"they decorrelate in {pilot.time:.0f} steps or more, too slowly for the pilot to tell"
+        )
+    elif pilot.rise <= 0:
+        why = f"the tilted loss fell by {-pilot.rise:.3g}: they left for a lower place"
+    else:
+        why = (
+            f"they are wider than the localisation alone would have them (effective dimension "
+            f"{pilot.dimension:.0f} of {pilot.parameters}): the step is too long for the kinks or "
+            f"the rounding of the loss at so low a temperature"
+        )
     warnings.warn(
         f"the pilot's chains have not settled around the checkpoint at n_beta="
         f"{posterior.n_beta:.3g}, damping={posterior.damping:.3g}: {why}. Usual cause: a "

@@ -224,9 +224,9 @@ def warn_of_noise(excess: dict[str, float] | None, bound: float, stacklevel: int
         f"gradient noise heats the directions that it reaches by {excess['typical']:.0%} (the "
         f"hottest by {excess['largest']:.0%}, the average one by {excess['mean']:.2%}), above the "
         f"bound max_excess={bound:g}: their variances are too large by that share. Usual cause: a "
-        f"batch too small for the step size. Draw hard examples more often "
-        f"(batch_size=Batches(…, probabilities='gradient')), or take a larger batch, a moving "
-        f"anchor (Batches(…, anchor='moving', every=…)), a smaller step or the full batch.",
+        f"batch too small for the step size. Lower the step, take a larger batch or the full one, "
+        f"or try to draw hard examples more often (batch_size=Batches(…, "
+        f"probabilities='gradient')), which helps where a few of them make most of the noise.",
         GradientNoiseWarning,
         stacklevel=stacklevel + 1,
     )

@@ -19,6 +19,7 @@ __all__ = ["Pilot", "autocorrelation", "lengths", "run_pilot"]
 _DRAWS, _LONGEST, _THIN, _CHAINS, _WARMUP = 100, 800, 2, 8, 15.0
 _RESOLVED = 20.0
 """Autocorrelation times that a chain must span for its estimate to mean something."""
+_WIDER = 0.02
 _HALVINGS = 4
 _LOSSES = 100
 _GRADIENT_COST = 3.0
@@ -44,6 +45,8 @@ class Pilot:
         Mean rise of the tilted loss, negative where the chains left for a lower place.
     dimension
         Effective dimension ``d − p E‖δ‖²`` at this temperature.
+    parameters
+        ``d``.
     """
 
     sampler: Underdamped
@@ -52,11 +55,21 @@ class Pilot:
     resolved: bool
     rise: float
     dimension: float
+    parameters: int
 
     @property
     def arrived(self) -> bool:
         """Whether the chains stayed around the checkpoint and forgot where they started."""
-        return self.resolved and self.rise > 0
+        return self.resolved and self.rise > 0 and self.held
+
+    @property
+    def held(self) -> bool:
+        """Whether the chains are no wider than the localisation alone would let them be.
+
+        Equipartition makes the effective dimension positive; a share of the whole is left to the
+        noise of a short run.
+        """
+        return self.dimension > -_WIDER * self.parameters
 
 
 def run_pilot(
@@ -114,7 +127,9 @@ def _run(
         time = autocorrelation(traces)
         resolved = draws * _THIN >= _RESOLVED * time
         if resolved or draws >= _LONGEST:
-            return Pilot(sampler, traces, time, resolved, *_around(posterior, traces, start))
+            rise, dimension = _around(posterior, traces, start)
+            d = posterior.task.dimension
+            return Pilot(sampler, traces, time, resolved, rise, dimension, d)
         draws *= 2
 
 

@@ -28,7 +28,7 @@ def test_precision_is_the_median_over_the_spread_of_its_query() -> None:
     value = np.array([[1.0, 3.0, 5.0], [2.0, 2.0, 2.0], [0.0, 10.0, 20.0]])
     mcse = np.array([[0.1, 0.2, 0.3], [9.0, 9.0, 9.0], [1.0, 1.0, 1.0]])
     small, large = np.sqrt(8 / 3), 10 * np.sqrt(2 / 3)
-    ratios = [0.1 / small, 0.2 / small, 0.3 / small, *[1 / large] * 3]
+    ratios = [np.sqrt((0.01 + 0.04 + 0.09) / 3) / small, 1 / large]
     assert relative_mcse(value, mcse) == pytest.approx(np.median(ratios))
     assert relative_mcse(value[1:2], mcse[1:2]) == math.inf
 

@@ -56,8 +56,8 @@ def bif(
         Train examples per matrix product, at most (bounds the memory).
     target_mcse
         Warn where the scores are less precise than this, and say how many draws it takes. Relative,
-        as in :class:`bayesinf.Until`: the median over pairs of ``mcse`` over the standard deviation
-        of the query's scores, between 0 and 1.
+        as in :class:`bayesinf.Until`: the root mean square of ``mcse`` over the standard deviation
+        of the query's scores, for the median query; between 0 and 1.
     replicates
         Also keep the scores without each batch and from each half of the chains, from which
         :func:`bayesinf.lds` tells its own Monte-Carlo error; for ``B`` batches this takes ``B + 2``
@@ -165,7 +165,7 @@ def _imprecise(draws: int, precision: float, wanted: float) -> str:
         "as many and ask again"
     )
     return (
-        f"the median Monte-Carlo standard error is {precision:.2f} of the spread of a query's "
+        f"the Monte-Carlo standard error is {precision:.2f} of the spread of the median query's "
         f"scores, and {wanted:g} was wanted. {advice}, or with until=Until(mcse={wanted:g})."
     )
 

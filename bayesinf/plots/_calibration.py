@@ -49,8 +49,7 @@ def plot_calibration(report: xr.Dataset) -> Figure:
     left.legend(frameon=False)
     right.plot(report["rank"], report["eigenvalue"], color=INK)
     right.axhline(report.attrs["damping"], color=CHOSEN, linestyle="--", label="damping")
-    positive = report["eigenvalue"].values[report["eigenvalue"].values > 0]
-    low = min(positive.min(), report.attrs["damping"]) if len(positive) else None
+    low = 1e-6 * report.attrs["lambda_max"]
     right.set(
         xscale="log", yscale="log", xlabel="rank", ylabel="eigenvalue of EK-FAC", ylim=(low, None)
     )

@@ -9,7 +9,7 @@ stationary law is that of the kernel with the potential's Hessian ``A`` replaced
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Self
 
@@ -51,7 +51,7 @@ class Preconditioner:
     >>> kernel = bi.SGLD(0.2, preconditioner=bi.Preconditioner(curvature.inverse(0.01), n_beta=20))
     """
 
-    inverse: Curvature | DeflatedInverse
+    inverse: Curvature | DeflatedInverse = field(repr=False)
     n_beta: float
 
     def __post_init__(self) -> None:

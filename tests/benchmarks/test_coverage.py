@@ -110,7 +110,7 @@ def test_long_run_is_longer_and_exact() -> None:
 def test_no_truth_where_proposals_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(program, "_acceptance", lambda traces: 0.5)
     monkeypatch.setattr(program, "HALVINGS", 1)
-    with pytest.raises(RuntimeError, match="at the step 0.005: this posterior has no truth"):
+    with pytest.raises(RuntimeError, match=r"at the step 0\.005: this posterior has no truth"):
         program.long_run(found(), 10)
 
 
