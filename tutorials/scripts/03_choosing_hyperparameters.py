@@ -351,9 +351,8 @@ _ = ax.legend(frameon=False)
 #   of 1 is Monte-Carlo error. Nothing is wrong with such a chain, but what it returns could be had
 #   from a solver (tutorial 02). What sampling adds lies between.
 # * **Cold beyond rounding**: in the last row fluctuations are smaller than what 32 bits resolve.
-#   The scores are wrong, R-hat is content and nothing warns. The report does tell, to who reads
-#   it: this virial ratio and a negative number of dimensions are impossible for chains that sample
-#   what they should.
+#   The scores are wrong and R-hat is content. Calibration warns: a negative number of dimensions,
+#   and such a virial ratio, are impossible for chains that sample what they should.
 #
 # Which temperature predicts retraining best is another question, for the judge of tutorial 01.
 #
@@ -529,7 +528,7 @@ pd.DataFrame(gain).T.round(2)
 # | step too small, short warm-up, 10 draws | R-hat, effective draws, trend | error bars |
 # | small batches | `GradientNoiseWarning` | R-hat, the look of the traces |
 # | too hot | mean loss beside that of the checkpoint | R-hat |
-# | cold beyond rounding | virial ratio and dimension in the report | R-hat |
+# | cold beyond rounding | calibration warns: virial ratio, dimension | R-hat |
 # | plain potential, unconverged checkpoint | trend, R-hat, correlation with time | |
 # | correlations that need no data | `control=True` | everything else |
 #
@@ -559,7 +558,7 @@ assert heat["100, by gradient"]["stated excess"] > 1.3 * heat["100"]["stated exc
 assert heat["100, step ÷ 4"]["stated excess"] < 0.05
 assert abs(heat["100, step ÷ 4"]["loss rises more by"]) < 0.08
 assert max(one["R-hat"] for one in heat.values()) < 1.05
-assert not any(sweep[factor]["warnings"] for factor in factors)
+assert [factor for factor in factors if sweep[factor]["warnings"]] == [1e14]
 assert sweep[0.1]["mean loss"] > 4 * loss_at_w0
 assert sweep[0.1]["slope on exact"] > 1.6
 assert abs(sweep[1000]["slope on exact"] - 1) < 0.15
