@@ -13,7 +13,7 @@ import bayesinf as bi
 
 __all__ = ["Stage", "staged_bif"]
 
-_FIRST, _FASTEST = 8, 3.0
+_FIRST, _FASTEST, _OVER = 8, 3.0, 1.05
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def staged_bif(
             options["draws"] = math.ceil(
                 min(traces.draws * _FASTEST, traces.draws + max(1.0, wanted))
             )
-        if spent > budget:
+        if spent > _OVER * budget:
             continue
         began = time.process_time()
         scores = bi.bif(traces)
