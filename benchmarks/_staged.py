@@ -62,6 +62,7 @@ def staged_bif(
     bi.bif(traces)  # what scoring takes, for the budgets
     scoring = time.process_time() - sampled
     spent += time.process_time() - began
+    options["draws"] = 2 * _FIRST
     for budget in budgets:
         while spent + scoring < 0.97 * budget:
             began, before = time.process_time(), traces.draws
@@ -70,7 +71,7 @@ def staged_bif(
             )
             latest = time.process_time() - began
             spent += latest
-            wanted = (budget - scoring - spent) * max(traces.draws - before, 1) / latest
+            wanted = (budget - scoring - spent) * (traces.draws - before) / latest
             options["draws"] = math.ceil(
                 min(traces.draws * _FASTEST, traces.draws + max(1.0, wanted))
             )

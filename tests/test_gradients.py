@@ -87,12 +87,19 @@ def test_measurements_of_the_grid(case, vectorize, rng):
 
 def test_vectorised_runs_never_loop(monkeypatch, rng):
     """Which way was taken, so that the comparisons above compare two things."""
-    task = BY_NAME["cnn"].task()
+    task = BY_NAME["mlp-categorical"].task()
     monkeypatch.setattr(_gradients, "_loop", lambda *_: pytest.fail("looped"))
     w, batch = positions(task, rng), task.train.batch()
     ChainFunctions(task).loss_grad(w, batch, shared=True)
     with pytest.raises(pytest.fail.Exception, match="looped"):
         ChainFunctions(task, False).loss_grad(w, batch, shared=True)
+    convolutional = BY_NAME["cnn"].task()
+    at, images = positions(convolutional, rng), convolutional.train.batch()
+    with pytest.raises(pytest.fail.Exception, match="looped"):
+        ChainFunctions(convolutional).loss_grad(at, images, shared=True)
+    ChainFunctions(convolutional, True).loss_grad(at, images, shared=True)
+    own = tuple(torch.stack([leaf] * len(at)) for leaf in images)
+    ChainFunctions(convolutional).loss_grad(at, own, shared=False)
     monkeypatch.setattr(_gradients, "_MAX_VECTORIZED_PARAMETERS", task.dimension)
     assert ChainFunctions(task).vectorize
     monkeypatch.setattr(_gradients, "_MAX_VECTORIZED_PARAMETERS", task.dimension - 1)

@@ -15,8 +15,7 @@ import xarray as xr
 from torch import nn
 
 import bayesinf as bi
-from benchmarks import curve, frontier
-from benchmarks._staged import staged_bif
+from benchmarks import _staged, curve, frontier
 
 TRAIN, QUERY = 40, 6
 
@@ -58,16 +57,41 @@ def tiny() -> Any:
     )  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore::bayesinf.ConvergenceWarning")
-def test_stages_spend_their_budgets_and_go_on_from_the_same_draws() -> None:
-    train, query = data()
-    task = bi.Task(tiny().checkpoint(), bi.Gaussian(), train=train, query=query)
-    stages = list(staged_bif(task, [1e-3, 20.0, 21.0], weight_decay=1e-3))
-    draws = [stage.scores.attrs["draws"] for stage in stages]
-    assert draws == sorted(draws)
-    assert len(stages) >= 2  # nothing can be scored within a millisecond
-    assert 0.9 * 20 < stages[0].seconds < 2 * 20
-    assert stages[-1].seconds >= 0.97 * 21
+class Clock:
+    """Calibration takes 5 seconds, a draw 0.1, warm-up 1, scoring 2; nothing is computed."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def process_time(self) -> float:
+        return self.now
+
+    def calibrate(self, *_: Any, **__: Any) -> Any:
+        self.now += 5.0
+        return SimpleNamespace(posterior=None, sampler=None, options={"chains": 4})
+
+    def sample(self, *_: Any, store: Any = None, draws: int, **__: Any) -> Any:
+        before = 0 if store is None else store.draws
+        self.now += 0.1 * (draws - before) + (store is None)
+        return SimpleNamespace(draws=draws)
+
+    def bif(self, traces: Any) -> Any:
+        self.now += 2.0
+        return traces.draws
+
+
+def test_stages_spend_their_budgets_and_go_on_from_the_same_draws(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(_staged, "bi", clock)
+    monkeypatch.setattr(_staged, "time", clock)
+    stages = list(_staged.staged_bif(None, [4.0, 20.0, 60.0]))  # type: ignore[arg-type]
+    assert [stage.seconds for stage in stages] == pytest.approx([20, 60], rel=0.05)
+    assert clock.now == pytest.approx(stages[-1].seconds)
+    # 5 + 1 + 2 for the calibration, the warm-up and the rehearsal, 2 for each scoring
+    for scorings, stage in enumerate(stages, start=1):
+        assert stage.scores == pytest.approx((stage.seconds - 8 - 2 * scorings) / 0.1)  # draws
 
 
 @pytest.mark.filterwarnings("ignore::bayesinf.ConvergenceWarning")
