@@ -44,8 +44,9 @@ from bayesinf.curvature import (
 )
 from bayesinf.curvature._lanczos import Spectrum, estimate_spectrum
 from bayesinf.samplers import Preconditioner, Underdamped
+from bayesinf.samplers._preconditioner import pull, push
 
-__all__ = ["Calibration", "calibrate"]
+__all__ = ["Calibration", "calibrate", "potential_spectrum"]
 
 _LAPLACE_DRAWS, _SPECTRA, _SPECTRUM_STEPS = 16, 2, 15
 _STABLE = 1.5
@@ -189,7 +190,7 @@ def calibrate(
     )
     n_beta = local.n_beta
     posterior = LocalPosterior(task, n_beta, n_beta * (lam - weight_decay), weight_decay)
-    ends, sampler = _kernel(unit, posterior, inverse, noise, seed)
+    ends, sampler = _kernel(posterior, inverse, noise, seed)
     if control:
         posterior, sampler = _without_loss(posterior)
     pilot = run_pilot(posterior, sampler, float(unit.value(unit.center[None])), chains, seed, how)
@@ -273,16 +274,13 @@ def _start(task: Task, lam: float) -> float:
 
 
 def _kernel(
-    unit: Potential,
-    posterior: LocalPosterior,
-    inverse: DeflatedInverse,
-    noise: Tensor,
-    seed: int,
+    posterior: LocalPosterior, inverse: DeflatedInverse, noise: Tensor, seed: int
 ) -> tuple[list[Spectrum], Underdamped]:
     """Step from the stiffest direction at Laplace draws, friction from the softest."""
+    potential = posterior.bind()
     preconditioner = Preconditioner(inverse, posterior.n_beta)
     ends = [
-        _spectrum(unit, posterior, preconditioner, unit.center + delta, seed)
+        potential_spectrum(potential, preconditioner, potential.center + delta, seed=seed)
         for delta in noise[:_SPECTRA] / posterior.n_beta**0.5
     ]
     friction = (2 * max(0.0, min(e.low for e in ends))) ** 0.5
@@ -290,21 +288,15 @@ def _kernel(
     return ends, Underdamped(step_size, min(max(friction, 0.3), 2.0), preconditioner)
 
 
-def _spectrum(
-    unit: Potential,
-    posterior: LocalPosterior,
-    preconditioner: Preconditioner,
-    position: Tensor,
-    seed: int,
+def potential_spectrum(
+    potential: Potential, preconditioner: Preconditioner | None, position: Tensor, *, seed: int = 0
 ) -> Spectrum:
-    """Ends of the spectrum of ``Sᵀ ∇²U S`` at a position."""
+    """Ends of the spectrum of ``Sᵀ ∇²U S`` at a position ``(d,)``."""
     generator = torch.Generator(position.device).manual_seed(seed)
     start = torch.randn(1, len(position), generator=generator, device=position.device)
 
     def product(rows: Tensor) -> Tensor:
-        moved = preconditioner.apply(rows)
-        curved = posterior.n_beta * unit.hvp(position[None], moved)
-        return preconditioner.apply_transpose(curved + posterior.prior_precision * moved)
+        return pull(preconditioner, potential.hvp(position[None], push(preconditioner, rows)))
 
     return estimate_spectrum(product, start.to(position.dtype), steps=_SPECTRUM_STEPS)
 

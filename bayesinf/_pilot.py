@@ -100,29 +100,24 @@ def run_pilot(
     DivergenceError
         If the chains diverge at every step size tried.
     """
-    for attempt in range(_HALVINGS + 1):
+    options = {"chains": min(chains, _CHAINS), "seed": seed, **how}
+    for _ in range(_HALVINGS):
         try:
-            return _run(posterior, sampler, start, min(chains, _CHAINS), seed, how)
+            return _run(posterior, sampler, start, options)
         except DivergenceError:
-            if attempt == _HALVINGS:
-                raise
             sampler = replace(sampler, step_size=sampler.step_size / 2)
-    raise AssertionError("unreachable")
+    return _run(posterior, sampler, start, options)
 
 
 def _run(
-    posterior: LocalPosterior,
-    sampler: Underdamped,
-    start: float,
-    chains: int,
-    seed: int,
-    how: Mapping[str, Any],
+    posterior: LocalPosterior, sampler: Underdamped, start: float, options: Mapping[str, Any]
 ) -> Pilot:
+    warmup = round(_WARMUP / sampler.step_size**0.5)
     draws, traces = _DRAWS, None
     while True:
         traces = sample(
-            posterior, sampler, draws=draws, thin=_THIN, store=traces, chains=chains, seed=seed,
-            warmup=round(_WARMUP / sampler.step_size**0.5), progress=False, **how,
+            posterior, sampler, draws=draws, warmup=warmup, thin=_THIN, store=traces,
+            progress=False, **options,
         )  # fmt: skip
         time = autocorrelation(traces)
         resolved = draws * _THIN >= _RESOLVED * time

@@ -38,14 +38,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 import bayesinf as bi
-from bayesinf._posterior import Potential
+from bayesinf._calibration import potential_spectrum
 from bayesinf.curvature import DeflatedInverse, GaussNewtonProduct, deflate
-from bayesinf.curvature._lanczos import estimate_spectrum
 from bayesinf.samplers import Preconditioner, Sampler
-from bayesinf.samplers._preconditioner import pull, push
 from benchmarks._started import Started
 from benchmarks._table import format_table, verdict
 from benchmarks.tasks import TASKS, get_task
@@ -113,20 +110,11 @@ class Setting:
         draws = inverse.sample(2, torch.Generator(task.device).manual_seed(0)) / n_beta**0.5
         potential = posterior.bind()
         top = [
-            max(_stiffest(potential, p, potential.center + d) for d in draws) for p in (None, white)
+            max(potential_spectrum(potential, p, potential.center + d).high for d in draws)
+            for p in (None, white)
         ]
         weights = Coordinates(None, top[0], posterior.prior_precision)
         return cls(posterior, inverse, weights, Coordinates(white, top[1], 1.0))
-
-
-def _stiffest(potential: Potential, preconditioner: Preconditioner | None, at: Tensor) -> float:
-    """Largest eigenvalue of ``Sᵀ ∇²U S`` at a position."""
-    start = torch.randn(1, len(at), generator=torch.Generator().manual_seed(0)).to(at)
-
-    def product(rows: Tensor) -> Tensor:
-        return pull(preconditioner, potential.hvp(at[None], push(preconditioner, rows)))
-
-    return estimate_spectrum(product, start, steps=15).high
 
 
 @dataclass(frozen=True)

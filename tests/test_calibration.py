@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import bayesinf as bi
+from bayesinf._pilot import lengths
 from bayesinf.plots import plot_calibration
 from tests import quadratic
 
@@ -149,12 +150,45 @@ def test_it_is_the_same_every_time() -> None:
     }
 
 
-def test_a_linear_model_is_as_good_at_any_temperature() -> None:
+def test_a_linear_model_has_its_closed_forms() -> None:
+    """EK-FAC is exact here, so that SᵀAS is the identity.
+
+    The pilot's 100 draws of 8 chains, thinned to near independence, know the rise to 3 % and the
+    dimension to 0.1: bounds of 5 standard errors, where a factor of 2 is 30 of them.
+    """
     problem = quadratic.make()
-    found = bi.calibrate(problem.task, error=0.1, chains=4, vectorize=False)
+    found = bi.calibrate(problem.task, error=0.05, chains=8, vectorize=False)
     np.testing.assert_allclose(found.report["virial"], 1.0, rtol=1e-6)
+    report, x = found.report.attrs, problem.task.train.batch()[0]
+    curvature = torch.linalg.eigvalsh(x.T @ x / len(x))
+    dimension = float((curvature / (curvature + found.posterior.damping)).sum())
+    assert report["lambda_max"] == pytest.approx(float(curvature[-1]), rel=0.01)
+    assert report["lambda_min"] == pytest.approx(float(curvature[0]), rel=1e-6)
+    assert report["effective_dimension"] == pytest.approx(dimension, rel=1e-9)
+    assert report["step_size"] == pytest.approx(1.5, rel=1e-6)
+    assert report["friction"] == pytest.approx(2**0.5, rel=1e-6)
+    assert report["rise"] == pytest.approx(dimension / (2 * found.posterior.n_beta), rel=0.15)
+    assert report["chain_dimension"] == pytest.approx(dimension, abs=0.5)
+    gradients = problem.gradients("train", problem.w0)[0]
+    mean = float(gradients.mean(0).square().sum())
+    noise = float(gradients.square().sum(1).mean()) / mean - 1
+    assert report["gradient_norm"] == pytest.approx(mean**0.5, rel=1e-9)
+    assert report["gradient_noise_scale"] == pytest.approx(noise, rel=1e-9)
     traces = bi.sample(found.posterior, found.sampler, progress=False, **found.options)
     assert bi.diagnose(traces).attrs["ok"]
+
+
+def test_lengths_of_a_run() -> None:
+    """Independent steps need 1/error² draws; at ρ = 0.8 (time 9) every choice is worth the same."""
+    assert lengths(1.0, 4, 0.1) == {
+        "chains": 4, "draws": 25, "warmup": 5, "thin": 1, "batch_size": None,
+    }  # fmt: skip
+    for error in (0.05, 0.01):
+        found = lengths(9.0, 16, error)
+        kept = 0.8 ** found["thin"]
+        assert 16 * found["draws"] * (1 - kept) / (1 + kept) == pytest.approx(error**-2, rel=0.05)
+        assert 1 < found["thin"] < 9
+        assert found["warmup"] == 45
 
 
 def test_the_report_says_what_was_found() -> None:
