@@ -3,18 +3,21 @@
 from bayesinf._accuracy import MonteCarloWarning, Until
 from bayesinf._batching import Batches
 from bayesinf._calibration import Calibration, calibrate
+from bayesinf._chains import FailedChainsWarning
 from bayesinf._diagnostics import ConvergenceWarning, diagnose
+from bayesinf._disk import StoreError
 from bayesinf._gradient_noise import GradientNoise, GradientNoiseWarning, gradient_noise
 from bayesinf._gradients import VectorizationWarning
 from bayesinf._language import CausalLM
 from bayesinf._likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from bayesinf._posterior import LocalPosterior
 from bayesinf._precision import PrecisionWarning
-from bayesinf._sampling import DivergenceError, sample
+from bayesinf._run import DivergenceError
+from bayesinf._sampling import sample
 from bayesinf._scores import make_scores
 from bayesinf._streaming import StreamingCovariance
 from bayesinf._task import Task
-from bayesinf._traces import FailedChainsWarning, StoreError, TraceStore, open_traces
+from bayesinf._traces import TraceStore, open_traces
 from bayesinf.attribution._astra import astra
 from bayesinf.attribution._bif import bif
 from bayesinf.attribution._conjugate_gradient import conjugate_gradient

@@ -16,10 +16,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from bayesinf._chains import FailedChainsWarning
 from bayesinf._diagnostics import diagnose
 from bayesinf._store import Store, covariance_of
 from bayesinf._streaming import StreamingCovariance
-from bayesinf._traces import FailedChainsWarning, TraceStore
+from bayesinf._traces import TraceStore
 
 __all__ = ["MonteCarloWarning", "Until", "Watch", "draws_needed", "relative_mcse"]
 

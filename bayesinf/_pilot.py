@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from bayesinf._posterior import LocalPosterior
-from bayesinf._sampling import DivergenceError, sample
+from bayesinf._run import DivergenceError
+from bayesinf._sampling import sample
 from bayesinf._traces import TraceStore
 from bayesinf.samplers import Underdamped
 

@@ -8,9 +8,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from bayesinf._chains import FailedChainsWarning
 from bayesinf._covariance import CrossCovariance, batches_of_a_chain, cross_covariance
+from bayesinf._disk import StoreError
 from bayesinf._streaming import StreamingCovariance
-from bayesinf._traces import FailedChainsWarning, StoreError, TraceStore
+from bayesinf._traces import TraceStore
 
 __all__ = ["Store", "check_recorded", "covariance_of"]
 

@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 import os
 import time
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from bayesinf._chains import ChainRecord
 from bayesinf._covariance import CrossCovariance, combine
-from bayesinf._layout import differences, identity
+from bayesinf._disk import StoreError, disk, replacing
 from bayesinf._running_sums import RunningSums, Segments
-from bayesinf._traces import FailedChainsWarning, StoreError, disk
 
 __all__ = ["StreamingCovariance"]
 
@@ -24,7 +23,7 @@ _COMMIT_SECONDS = 30.0
 _COMMIT_SHARE = 0.05
 
 
-class StreamingCovariance:
+class StreamingCovariance(ChainRecord):
     """Sums from which :func:`bayesinf.bif` makes the same scores as from traces.
 
     Give one to :func:`bayesinf.sample` as ``store=``: it then keeps, in float64, sums over 12 to 24
@@ -99,12 +98,6 @@ class StreamingCovariance:
         queries = len(measurements) * len(self._ids["query"])
         self._sums = RunningSums(self.chains, queries, len(self._ids["train"]))
 
-    def check_identity(self, config: Mapping[str, Any]) -> None:
-        """Raise :class:`StoreError` where ``config`` differs, showing both values."""
-        if identity(config) != identity(self.config):
-            where = "in memory" if self.path is None else f"at {os.fspath(self.path)!r}"
-            raise StoreError(differences(self.config, config, where))
-
     def grow(self, draws: int) -> None:
         """Nothing grows."""
 
@@ -156,17 +149,15 @@ class StreamingCovariance:
         if self.path is None or self._broken or self._payload is None:
             return
         began = time.monotonic()
-        partial = self.path.with_name(f".{self.path.name}.partial")
-        with disk(
-            f"writing the sums over {self.draws} draws to {self.path}",
-            "The file holds what was written before, intact; free space (or mend the disk) and "
-            "call sample() again with the same arguments to go on.",
+        with (
+            disk(
+                f"writing the sums over {self.draws} draws to {self.path}",
+                "The file holds what was written before, intact; free space (or mend the disk) and "
+                "call sample() again with the same arguments to go on.",
+            ),
+            replacing(self.path) as file,
         ):
-            with open(partial, "wb") as file:
-                self._write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, self.path)
+            self._write(file)
         self._written = time.monotonic()
         self._cost = self._written - began
 
@@ -226,27 +217,6 @@ class StreamingCovariance:
     # ------------------------------------------------------------------ reading
 
     @property
-    def chains(self) -> int:
-        """Number of chains, failed ones included."""
-        return int(self.config["chains"])
-
-    @property
-    def failed(self) -> dict[int, str]:
-        """Failed chains and why."""
-        return {int(c): why for c, why in self._facts.get("failed", {}).items()}
-
-    @property
-    def healthy(self) -> list[int]:
-        """Chains that did not fail."""
-        return [c for c in range(self.chains) if c not in self.failed]
-
-    @property
-    def superchains(self) -> np.ndarray:
-        """Superchain of each healthy chain; those with a healthy chain are numbered from 0."""
-        per = self.chains // int(self.config["superchains"])
-        return np.unique(np.asarray(self.healthy) // per, return_inverse=True)[1]
-
-    @property
     def nbytes(self) -> int:
         """Bytes of memory that the sums take."""
         return sum(array.nbytes for array in self._ready.arrays.values())
@@ -285,7 +255,7 @@ class StreamingCovariance:
         ValueError
             If there are too few draws, or more batches are wanted than are kept apart.
         """
-        self._warn_of_failures()
+        self._warn_of_failures(stacklevel=2)
         queries = len(self._ids["query"])
         first = self._measurements.index(measurement) * queries
         rows = slice(first, first + queries)
@@ -295,7 +265,7 @@ class StreamingCovariance:
 
     def segments(self, group: str, positions: np.ndarray) -> Segments:
         """Sums over parts of the healthy chains of some examples' losses, for diagnostics."""
-        self._warn_of_failures()
+        self._warn_of_failures(stacklevel=2)
         start = self._measurements.index("loss") * len(self._ids["query"])
         offset = self._ready.queries if group == "train" else start
         return self._ready.segments(self.healthy, offset + positions)
@@ -312,17 +282,3 @@ class StreamingCovariance:
                 "StreamingCovariance anew (of the same path, to go on from its last commit)."
             )
         return self._sums
-
-    def _warn_of_failures(self) -> None:
-        if self.failed:
-            warnings.warn(
-                f"chains {sorted(self.failed)} diverged and are left out; {len(self.healthy)} of "
-                f"{self.chains} chains remain.",
-                FailedChainsWarning,
-                stacklevel=3,
-            )
-
-    def __repr__(self) -> str:
-        where = "in memory" if self.path is None else os.fspath(self.path)
-        size = f"{self.chains} chains × {self.draws} draws" if self.config else "empty"
-        return f"<StreamingCovariance {where}: {size}>"

@@ -20,9 +20,7 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,20 +29,14 @@ import xarray as xr
 import zarr
 from zarr.storage import MemoryStore
 
-from bayesinf._layout import differences, identity, lay_out
+from bayesinf._chains import ChainRecord
+from bayesinf._disk import StoreError, disk, replacing
+from bayesinf._layout import lay_out
 
-__all__ = ["FailedChainsWarning", "StoreError", "TraceStore", "disk", "open_traces"]
-
-
-class StoreError(RuntimeError):
-    """A store that does not fit the request, or that could not be written."""
+__all__ = ["TraceStore", "open_traces"]
 
 
-class FailedChainsWarning(UserWarning):
-    """Chains diverged and are absent from what was asked for."""
-
-
-class TraceStore:
+class TraceStore(ChainRecord):
     """A store of traces on disk or in memory; made by :func:`bayesinf.sample`.
 
     Parameters
@@ -122,12 +114,6 @@ class TraceStore:
             )
         return cls(path, root, Path(path))
 
-    def check_identity(self, config: Mapping[str, Any]) -> None:
-        """Raise :class:`StoreError` where ``config`` differs, showing both values."""
-        if identity(config) != self._root.attrs["identity"]:
-            where = "in memory" if self.path is None else f"at {os.fspath(self.path)!r}"
-            raise StoreError(differences(self.config, config, where))
-
     # ------------------------------------------------------------------ writing
 
     @property
@@ -186,13 +172,8 @@ class TraceStore:
         if self.path is None:
             self._memory = (header, payload)
         else:
-            target = self._commit_path()
-            temporary = target.with_suffix(".partial")
-            with open(temporary, "wb") as file:
+            with replacing(self._commit_path()) as file:
                 file.write(json.dumps(header).encode() + b"\n" + payload)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
         self._read_commit()
 
     def _commit_path(self) -> Path:
@@ -219,27 +200,6 @@ class TraceStore:
         return dict(self._memory[0]) if self._memory else {"draws_written": 0}
 
     # ------------------------------------------------------------------ reading
-
-    @property
-    def chains(self) -> int:
-        """Number of chains, failed ones included."""
-        return int(self.config["chains"])
-
-    @property
-    def failed(self) -> dict[int, str]:
-        """Failed chains and why."""
-        return {int(c): why for c, why in self.commit_facts.get("failed", {}).items()}
-
-    @property
-    def healthy(self) -> list[int]:
-        """Chains that did not fail."""
-        return [c for c in range(self.chains) if c not in self.failed]
-
-    @property
-    def superchains(self) -> np.ndarray:
-        """Superchain of each healthy chain; those with a healthy chain are numbered from 0."""
-        per = self.chains // int(self.config["superchains"])
-        return np.unique(np.asarray(self.healthy) // per, return_inverse=True)[1]
 
     @property
     def tree(self) -> xr.DataTree:
@@ -283,13 +243,7 @@ class TraceStore:
             raise StoreError(
                 "the store holds no draw yet." if self.healthy else "every chain failed."
             )
-        if self.failed:
-            warnings.warn(
-                f"chains {sorted(self.failed)} diverged and are left out; {len(self.healthy)} of "
-                f"{self.chains} chains remain.",
-                FailedChainsWarning,
-                stacklevel=2,
-            )
+        self._warn_of_failures(stacklevel=2)
         array = self._root[group][measurement]
         data = np.asarray(array[:, : self.draws])[self.healthy]
         coords = {"chain": self.healthy, "draw": np.arange(self.draws), group: self.ids(group)}
@@ -323,10 +277,6 @@ class TraceStore:
     def _arrays(self) -> list[tuple[str, Any]]:
         return [(k, v) for k, v in self._root.members(max_depth=2) if isinstance(v, zarr.Array)]
 
-    def __repr__(self) -> str:
-        where = "in memory" if self.path is None else os.fspath(self.path)
-        return f"<TraceStore {where}: {self.chains} chains × {self.draws} draws>"
-
 
 def open_traces(path: str | os.PathLike[str]) -> TraceStore:
     """Open the traces that :func:`bayesinf.sample` stored at ``path``.
@@ -347,12 +297,3 @@ def open_traces(path: str | os.PathLike[str]) -> TraceStore:
         If there is no store at ``path``, or it holds something else.
     """
     return TraceStore.open(path)
-
-
-@contextmanager
-def disk(doing: str, advice: str = "Free space and try again.") -> Iterator[None]:
-    """Turn a refusal of the disk into a :class:`StoreError` that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        raise StoreError(f"{doing} failed: {error}. {advice}") from error

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import bayesinf as bi
-from bayesinf import _rng, _sampling
+from bayesinf import _rng, _run
 from bayesinf.samplers import Sampler
 from tests.cases import BY_NAME
 
@@ -58,7 +58,7 @@ def main(path: str, kernel: str, limit: str = "") -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
     else:
-        _sampling._COMMIT_SECONDS = 0.0
+        _run._COMMIT_SECONDS = 0.0
         at = _rng.BatchStream.at
 
         def slow(self: _rng.BatchStream, step: int) -> torch.Tensor | None:

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 import bayesinf as bi
-from bayesinf import _sampling, _streaming
+from bayesinf import _run, _streaming
 from tests.interrupted import run
 
 
 def main(path: str) -> None:
     torch.set_num_threads(1)
-    _sampling._COMMIT_SECONDS = _streaming._COMMIT_SECONDS = 0.0
+    _run._COMMIT_SECONDS = _streaming._COMMIT_SECONDS = 0.0
     _streaming._COMMIT_SHARE = float("inf")
     append = bi.StreamingCovariance.append
 

@@ -67,6 +67,8 @@ def test_the_reader_of_sources_sees_what_there_is():
 
 
 TORCHLESS = [
+    "bayesinf._chains",
+    "bayesinf._disk",
     "bayesinf._layout",
     "bayesinf._traces",
     "bayesinf._batch_sums",
@@ -122,13 +124,14 @@ def within(*prefixes):
     ("modules", "never"),
     [
         (within("bayesinf.samplers"),
-         ["_sampling", "_traces", "_data_store", "_diagnostics", "attribution"]),
+         ["_sampling", "_run", "_traces", "_data_store", "_diagnostics", "attribution"]),
         (within("bayesinf.curvature"),
-         ["samplers", "_sampling", "_traces", "_posterior", "_gradients", "attribution"]),
-        (within("bayesinf._sampling"), ["attribution"]),
-        (within("bayesinf.attribution"), ["samplers", "_sampling", "_posterior", "_gradients"]),
+         ["samplers", "_sampling", "_run", "_traces", "_posterior", "_gradients", "attribution"]),
+        (within("bayesinf._sampling", "bayesinf._run"), ["attribution"]),
+        (within("bayesinf.attribution"), ["samplers", "_sampling", "_run", "_posterior", "_gradients"]),
         (within("bayesinf.evaluation"),
-         ["samplers", "_sampling", "_traces", "_posterior", "curvature", "attribution"]),
+         ["samplers", "_sampling", "_run", "_traces", "_posterior", "curvature",
+          "attribution"]),
         ([n for n in MODULES if n != "bayesinf"], ["evaluation", "plots", "interop"]),
     ],
     ids=["samplers", "curvature", "sampling", "attribution", "evaluation", "leaves"],
@@ -144,7 +147,7 @@ def test_imports_point_one_way(modules, never):
 
 
 def test_the_driver_takes_kernels_as_they_are():
-    for name in ("bayesinf._sampling", "bayesinf._plan", "bayesinf._posterior"):
+    for name in ("bayesinf._sampling", "bayesinf._run", "bayesinf._plan", "bayesinf._posterior"):
         assert not [n for n in direct(name) if n.startswith("bayesinf.curvature")]
 
 

@@ -14,7 +14,7 @@ import zarr
 from arviz_stats.base import array_stats
 
 import bayesinf as bi
-from bayesinf import _layout, _sampling, _traces
+from bayesinf import _layout, _run, _traces
 from tests import interrupted
 from tests.interrupted import run
 
@@ -304,14 +304,14 @@ def test_files_that_may_not_grow(tmp_path):
 
 def test_frequent_commits_change_nothing(monkeypatch):
     expected = run(None, "SGLD")
-    monkeypatch.setattr(_sampling, "_COMMIT_SECONDS", 0.0)
+    monkeypatch.setattr(_run, "_COMMIT_SECONDS", 0.0)
     same(run(None, "SGLD"), expected)
 
 
 def test_progress_shows_the_loss_and_its_rhat(monkeypatch, capsys):
     said = []
-    monkeypatch.setattr(_sampling.tqdm, "set_postfix_str", lambda bar, text: said.append(text))
-    monkeypatch.setattr(_sampling, "_COMMIT_SECONDS", 0.0)
+    monkeypatch.setattr(_run.tqdm, "set_postfix_str", lambda bar, text: said.append(text))
+    monkeypatch.setattr(_run, "_COMMIT_SECONDS", 0.0)
     shown = run(None, "SGLD", progress=True)
     same(shown, run(None, "SGLD"))
     means = shown.values("train").mean("train").values

@@ -17,7 +17,7 @@ import torch
 import xarray as xr
 
 import bayesinf as bi
-from bayesinf import _sampling, _streaming
+from bayesinf import _run, _streaming
 from tests import quadratic
 from tests.interrupted import run
 
@@ -174,7 +174,7 @@ def test_size_does_not_depend_on_draws(tmp_path):
 
 def test_frequent_commits_change_nothing(tmp_path, monkeypatch):
     expected = stream()
-    monkeypatch.setattr(_sampling, "_COMMIT_SECONDS", 0.0)
+    monkeypatch.setattr(_run, "_COMMIT_SECONDS", 0.0)
     monkeypatch.setattr(_streaming, "_COMMIT_SECONDS", 0.0)
     monkeypatch.setattr(_streaming, "_COMMIT_SHARE", float("inf"))
     same(stream(tmp_path / "sums"), expected)

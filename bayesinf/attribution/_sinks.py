@@ -11,6 +11,7 @@ import numpy as np
 import xarray as xr
 import zarr
 
+from bayesinf._disk import replacing
 from bayesinf._layout import identity
 from bayesinf._scores import finite, label_scores, text_labels
 from bayesinf.attribution._labels import Labels
@@ -226,13 +227,9 @@ class StoreSink:
         self._done, self.errors = set(held["done"]), held["errors"]
 
     def _commit(self) -> None:
-        temporary = self._progress.with_suffix(".tmp")
-        with open(temporary, "w") as file:
-            held = {"config": self._config, "done": sorted(self._done), "errors": self.errors}
-            json.dump(held, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self._progress)
+        held = {"config": self._config, "done": sorted(self._done), "errors": self.errors}
+        with replacing(self._progress) as file:
+            file.write(json.dumps(held).encode())
 
 
 def axes(query: Labels, train: Labels) -> tuple[tuple[str, str], dict[str, Any]]:

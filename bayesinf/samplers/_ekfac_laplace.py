@@ -66,15 +66,14 @@ class EKFACLaplace:
     ) -> tuple[State, dict[str, Any]]:
         """Draw afresh, whatever the state."""
         posterior = potential.posterior
-        key = (id(posterior.task), posterior.n_beta, posterior.prior_precision)
-        if key not in self._roots:
-            self._roots[key] = self._root(posterior)
-        root = self._roots[key]
+        if posterior not in self._roots:
+            self._roots[posterior] = self._root(posterior)
+        root = self._roots[posterior]
         return {"position": potential.center + root(rng.normal_like(state["position"]))}, {}
 
     @cached_property
-    def _roots(self) -> dict[tuple[int, float, float], _Root]:
-        """Square roots of covariances that were needed so far, by task, nβ and γ + nβ·wd."""
+    def _roots(self) -> dict[LocalPosterior, _Root]:
+        """Square roots of the covariances that were needed so far."""
         return {}
 
     def _root(self, posterior: LocalPosterior) -> _Root:
