@@ -14,253 +14,19 @@ Source: Schraudolph 2002, "Fast curvature matrix-vector products for second-orde
 
 from __future__ import annotations
 
-import copy
 import warnings
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Protocol, Self, runtime_checkable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bayesinf._data import Batch
-from bayesinf._task import Task
-from bayesinf.curvature._accounting import Costs
-from bayesinf.curvature._operator import SymmetricOperator, multiply
+from bayesinf.curvature._mean_product import Linear, MeanProduct
 
-__all__ = ["FiniteMean", "GaussNewtonProduct", "HessianProduct"]
-
-_CHUNK = 2**21
-"""Numbers of a pass that are held for all vectors together: what stays near the processor."""
-
-_Linear = Callable[[Sequence[Tensor], bool], list[Tensor]]
-"""Parameter-shaped vectors, stacked (True) or single, to their products, summed over a batch."""
+__all__ = ["GaussNewtonProduct", "HessianProduct"]
 
 
-@runtime_checkable
-class FiniteMean(SymmetricOperator, Protocol):
-    """A symmetric operator that is the mean of one over each of ``n`` examples."""
-
-    @property
-    def n(self) -> int:
-        """Number of examples."""
-        ...
-
-    def on(self, index: Tensor) -> SymmetricOperator:
-        """Return the operator of the mean over the examples at these positions alone."""
-        ...
-
-
-@dataclass
-class _State:
-    """What an operator shares with its parts."""
-
-    products: float = 0.0
-    vectorize: bool = True
-    checked: bool = False
-    width: int = 0
-
-
-class _MeanProduct(ABC):
-    """The mean over examples of a second derivative, by its products."""
-
-    _passes: int
-    """Backward passes an example and vector."""
-
-    def __init__(
-        self,
-        task: Task,
-        *,
-        batch_size: int = 256,
-        vectorize: bool = True,
-        costs: Costs | None = None,
-    ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be ≥ 1; got {batch_size}.")
-        task.require_full_precision("a product with a curvature")
-        self.task, self.batch_size, self.costs = task, batch_size, costs
-        self._index: Tensor | None = None
-        self._state = _State(vectorize=vectorize)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """``(d, d)``."""
-        return self.task.dimension, self.task.dimension
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """In which products are computed."""
-        return self.task.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where products are computed."""
-        return self.task.device
-
-    @property
-    def n(self) -> int:
-        """Number of examples in the mean."""
-        return self.task.n if self._index is None else len(self._index)
-
-    @property
-    def products(self) -> float:
-        """Matrix–vector products so far, those of its parts included, in passes over all examples.
-
-        A product with ``B`` of the ``n`` training examples counts ``B/n``.
-        """
-        return self._state.products
-
-    def on(self, index: Tensor) -> Self:
-        """Return the operator of the mean over the training examples at these positions alone.
-
-        Parameters
-        ----------
-        index
-            Positions ``(B,)``; one that occurs twice counts twice. Under uniform sampling the
-            operator is an unbiased estimate of the mean over all.
-
-        Raises
-        ------
-        ValueError
-            If ``index`` is not a non-empty vector of positions of training examples.
-        """
-        index = torch.as_tensor(index)
-        integers = not index.is_floating_point() and index.dtype is not torch.bool
-        if index.ndim != 1 or not len(index) or not integers:
-            raise ValueError(
-                f"index must be a non-empty vector of positions of training examples; got "
-                f"{index.dtype} of shape {tuple(index.shape)}. A mask becomes positions by "
-                f"mask.nonzero()[:, 0]."
-            )
-        if int(index.min()) < 0 or int(index.max()) >= self.task.n:
-            raise ValueError(
-                f"index must hold positions from 0 to {self.task.n - 1}; got values from "
-                f"{int(index.min())} to {int(index.max())}. Ids become positions by "
-                f"task.train.positions(ids)."
-            )
-        part = copy.copy(self)
-        part._index = index
-        return part
-
-    def apply(self, rows: Tensor) -> Tensor:
-        """Product with every row of ``(..., d)``, computed in the task's dtype.
-
-        Raises
-        ------
-        ValueError
-            If the last dimension is not ``d``.
-        RuntimeError
-            If the network or the loss cannot be differentiated twice.
-        """
-        d = self.task.dimension
-        if rows.ndim < 1 or rows.shape[-1] != d:
-            raise ValueError(
-                f"expected rows (..., {d}); got {tuple(rows.shape)}. Columns of a matrix ({d}, k) "
-                f"go through `operator @ matrix`; named parameters become a vector by "
-                f"task.flatten(named)."
-            )
-        vectors = rows.detach().reshape(-1, d).to(self.task.device, self.task.dtype)
-        total = torch.zeros_like(vectors)
-        for batch, size in self._batches():
-            linear = self._linearise(batch)
-            step = max(1, _CHUNK // (size * self._width()))
-            for start in range(0, len(vectors), step):
-                where = slice(start, start + step)
-                total[where] += self._products_of(linear, vectors[where])
-            self._count(size, len(vectors))
-        return (total / self.n).to(rows.device, rows.dtype).reshape(rows.shape)
-
-    def __matmul__(self, v: Tensor) -> Tensor:
-        return multiply(self, v)
-
-    # ------------------------------------------------------------------ one batch
-
-    @abstractmethod
-    def _linear(self, params: dict[str, Tensor], batch: Batch) -> _Linear:
-        """Differentiate once and return the rest as a linear map."""
-
-    def _linearise(self, batch: Batch) -> _Linear:
-        params = {name: p.detach().requires_grad_() for name, p in self.task.params.items()}
-        # Fused attention kernels have no second derivative.
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _second_derivatives(self.task):
-            return self._linear(params, batch)
-
-    def _require_graph(self, derivatives: Sequence[Tensor | None]) -> None:
-        """Look for derivatives that refuse a second one.
-
-        Autograd raises only on its way through them, and a gradient in chosen inputs, which they
-        have cut off, goes around: they would count as constants.
-        """
-        if self._state.checked:
-            return
-        todo = [part.grad_fn for part in derivatives if part is not None]
-        seen = set()
-        while todo:
-            node = todo.pop()
-            if node is None or node in seen:
-                continue
-            if node.name() == "torch::autograd::Error":
-                raise RuntimeError("a backward is marked once_differentiable")
-            seen.add(node)
-            todo.extend(following for following, _ in node.next_functions)
-        self._state.checked = True
-
-    def _products_of(self, linear: _Linear, vectors: Tensor) -> Tensor:
-        """Products ``(k, d)``, all at once where autograd can, else one after another."""
-        if self._state.vectorize and len(vectors) > 1:
-            try:
-                return self._flat(linear(self._named(vectors), True))
-            except RuntimeError:
-                self._state.vectorize = False
-        with _second_derivatives(self.task):
-            return torch.stack([self._flat(linear(self._named(v), False)) for v in vectors])
-
-    def _named(self, vectors: Tensor) -> list[Tensor]:
-        return list(self.task.unflatten(vectors).values())
-
-    def _flat(self, parts: Sequence[Tensor]) -> Tensor:
-        return self.task.flatten(dict(zip(self.task.params, parts, strict=True)))
-
-    # ------------------------------------------------------------------ what it costs
-
-    def _batches(self) -> Iterator[tuple[Batch, int]]:
-        train = self.task.train
-        if self._index is None:
-            for where, batch in train.batches(self.batch_size):
-                yield batch, where.stop - where.start
-        else:
-            for part in self._index.split(self.batch_size):
-                yield train.batch(part), len(part)
-
-    def _count(self, size: int, vectors: int) -> None:
-        self._state.products += vectors * size / self.task.n
-        if self.costs is not None:
-            self.costs.forward_examples += size
-            self.costs.backward_examples += size * (1 + self._passes * vectors)
-
-    def _width(self) -> int:
-        """Numbers that a forward pass of one example leaves behind, without the parameters."""
-        if not self._state.width:
-            params = {name: p.detach().requires_grad_() for name, p in self.task.params.items()}
-            own = {p.untyped_storage().data_ptr() for p in self.task.module.parameters()}
-            seen: dict[int, int] = {}
-
-            def note(saved: Tensor) -> Tensor:
-                if saved.untyped_storage().data_ptr() not in own:
-                    seen[saved.data_ptr()] = saved.numel()
-                return saved
-
-            hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved)
-            with torch.enable_grad(), hooks:
-                self.task.losses(params, self.task.train.batch(slice(0, 1)))
-            self._state.width = max(1, sum(seen.values()))
-        return self._state.width
-
-
-class GaussNewtonProduct(_MeanProduct):
+class GaussNewtonProduct(MeanProduct):
     r"""Products with the generalised Gauss–Newton matrix of the mean training loss.
 
     ``C = (1/n) Σ_i J_iᵀ (∇²_f ℓ_i) J_i``. The output-space Hessian comes from differentiating
@@ -296,7 +62,7 @@ class GaussNewtonProduct(_MeanProduct):
 
     _passes = 2
 
-    def _linear(self, params: dict[str, Tensor], batch: Batch) -> _Linear:
+    def _linear(self, params: dict[str, Tensor], batch: Batch) -> Linear:
         weights = list(params.values())
         outputs = self.task.outputs(params, batch)
         if not isinstance(outputs, Tensor):
@@ -321,7 +87,7 @@ class GaussNewtonProduct(_MeanProduct):
         return product
 
 
-class HessianProduct(_MeanProduct):
+class HessianProduct(MeanProduct):
     r"""Products with the Hessian ``H = (1/n) Σ_i ∇²ℓ_i`` of the mean training loss.
 
     Symmetric, and in general indefinite.
@@ -346,7 +112,7 @@ class HessianProduct(_MeanProduct):
 
     _passes = 1
 
-    def _linear(self, params: dict[str, Tensor], batch: Batch) -> _Linear:
+    def _linear(self, params: dict[str, Tensor], batch: Batch) -> Linear:
         weights = list(params.values())
         loss = self.task.losses(params, batch).sum()
         slope = torch.autograd.grad(loss, weights, create_graph=True, allow_unused=True)
@@ -383,20 +149,3 @@ def _pull(
         x.new_zeros(*lead, *x.shape) if part is None else part
         for x, part in zip(inputs, found, strict=True)
     ]
-
-
-@contextmanager
-def _second_derivatives(task: Task) -> Iterator[None]:
-    """Say what usually lacks a second derivative."""
-    try:
-        yield
-    except RuntimeError as error:
-        reason = str(error).strip().split("\n")[0]
-        if "derivative" not in reason and "differentia" not in reason:
-            raise
-        raise RuntimeError(
-            f"the loss of {type(task.module).__name__} cannot be differentiated twice: {reason}. "
-            f"Usual causes: a torch.autograd.Function of someone's own (remove the mark if its "
-            f"backward is made of differentiable operations), a fused kernel (cuDNN's RNNs: "
-            f"torch.backends.cudnn.flags(enabled=False)). ekfac needs first derivatives only."
-        ) from error

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from bayesinf.curvature._definite import NotPositiveDefiniteError
+from bayesinf.curvature._mean_product import FiniteMean
 from bayesinf.curvature._operator import SymmetricOperator
-from bayesinf.curvature._products import FiniteMean
 
 __all__ = ["DampedSystem", "Solution", "SolverDivergenceError", "SolverWarning"]
 

@@ -6,10 +6,11 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import bayesinf as bi
-from bayesinf.curvature import _products
+from bayesinf.curvature import _mean_product
 from bayesinf.curvature._accounting import Costs
+from bayesinf.curvature._mean_product import FiniteMean
 from bayesinf.curvature._operator import SymmetricOperator
-from bayesinf.curvature._products import FiniteMean, GaussNewtonProduct, HessianProduct
+from bayesinf.curvature._products import GaussNewtonProduct, HessianProduct
 from tests import exact
 from tests.layered_cases import LAYERED, LAYERED_BY_NAME
 
@@ -48,8 +49,8 @@ def test_blocks_of_vectors_and_loops_change_nothing(kind, monkeypatch, rng):
     task = LAYERED_BY_NAME["cnn"].task()
     rows = torch.randn(2, 3, task.dimension, generator=rng, dtype=torch.float64)
     expected = rows @ DENSE[kind](task)
-    for chunk in (_products._CHUNK, 1, 2500):
-        monkeypatch.setattr(_products, "_CHUNK", chunk)
+    for chunk in (_mean_product._CHUNK, 1, 2500):
+        monkeypatch.setattr(_mean_product, "_CHUNK", chunk)
         exact.close(kind(task, batch_size=7).apply(rows), expected, 1e-11)
     exact.close(kind(task, vectorize=False).apply(rows), expected, 1e-11)
     assert kind(task).apply(rows[:0]).shape == (0, 3, task.dimension)
