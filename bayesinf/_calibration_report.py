@@ -10,7 +10,7 @@ import torch
 import xarray as xr
 
 from bayesinf._local_range import LocalRange
-from bayesinf._pilot import Pilot
+from bayesinf._pilot import GRADIENT_COST, Pilot
 from bayesinf._posterior import LocalPosterior
 from bayesinf._traces import TraceStore
 from bayesinf.curvature import Curvature
@@ -71,10 +71,10 @@ def make_report(
 
 
 def _passes(options: Mapping[str, Any], traces: TraceStore) -> float:
-    """Forward passes of an example, a gradient counted as three."""
+    """Forward passes of an example, a gradient counted as what it costs."""
     n = traces.config["task"]["n"]
     steps = options["warmup"] + options["draws"] * options["thin"]
-    return float(options["chains"]) * n * (3 * steps + options["draws"])
+    return float(options["chains"]) * n * (GRADIENT_COST * steps + options["draws"])
 
 
 def _words(a: Mapping[str, Any], data: xr.Dataset, posterior: LocalPosterior) -> str:

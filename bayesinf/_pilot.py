@@ -15,7 +15,7 @@ from bayesinf._sampling import sample
 from bayesinf._traces import TraceStore
 from bayesinf.samplers import Underdamped
 
-__all__ = ["Pilot", "autocorrelation", "lengths", "run_pilot"]
+__all__ = ["GRADIENT_COST", "Pilot", "autocorrelation", "lengths", "run_pilot"]
 
 _DRAWS, _LONGEST, _THIN, _CHAINS, _WARMUP = 100, 800, 2, 8, 15.0
 _RESOLVED = 20.0
@@ -23,7 +23,7 @@ _RESOLVED = 20.0
 _WIDER = 0.02
 _HALVINGS = 4
 _LOSSES = 100
-_GRADIENT_COST = 3.0
+GRADIENT_COST = 3.0
 """Of a gradient, in forward passes; only their ratio matters, and only to the thinning."""
 _LEAST_DRAWS, _WARMUP_TIMES = 20, 5
 
@@ -175,7 +175,7 @@ def lengths(time: float, chains: int, error: float) -> dict[str, Any]:
 
     thin = min(
         range(1, math.ceil(time) + 1),
-        key=lambda k: (k * _GRADIENT_COST + 1) * draws_per_effective(k),
+        key=lambda k: (k * GRADIENT_COST + 1) * draws_per_effective(k),
     )
     draws = math.ceil(draws_per_effective(thin) / error**2 / chains)
     return {

@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import xarray as xr
 
 import bayesinf as bi
 from benchmarks._peer_digits import bank_from_truth, load_task, to_influence
@@ -55,8 +56,8 @@ def curve(folder: Path, unit: float, multiples: Sequence[float] = MULTIPLES) -> 
     """
     task, bank = load_task(folder), bank_from_truth(folder / "lds_truth.npz")
 
-    def row(name: str, seconds: float, scores: object, draws: str) -> Row:
-        lds = float(bi.lds(scores, bank)["lds"])  # type: ignore[arg-type]
+    def row(name: str, seconds: float, scores: xr.Dataset, draws: str) -> Row:
+        lds = float(bi.lds(scores, bank)["lds"])
         judged = name == "BIF, shrunk" and seconds <= 1.05 * BAR[0] * unit
         met[0] = met[0] or (judged and lds >= BAR[1])
         return (name, f"{seconds / unit:.1f}", f"{seconds:.1f}", draws, f"{lds:.4f}", "", "")
