@@ -21,7 +21,7 @@ from bayesinf._scores import label_scores
 from bayesinf._task import Task
 from bayesinf.attribution._labels import Labels, make_labels
 from bayesinf.attribution._scoring import Options
-from bayesinf.attribution._sinks import MatrixSink, Sink, StoreSink, TopSink
+from bayesinf.attribution._sinks import Leading, MatrixSink, Sink, StoreSink, TopSink
 from bayesinf.curvature._accounting import Costs
 from bayesinf.curvature._inner import gram, inner, squared_norms
 from bayesinf.curvature._rows import Explicit, Factored, Rows, unstack
@@ -117,7 +117,10 @@ def score(
                 block = block if kept is None else block[:, kept]
                 block = block if late is None else block[:, :, late]
                 values = (block * method.scale).detach().cpu().numpy()
-                sink.write(rows, train.entries(t), values)
+                found = {"influence": values.sum(0)}
+                if options.modules:
+                    found["influence_by_module"] = values
+                sink.write(rows, train.entries(t), found)
     more = dict(sink.errors)
     return sink.finish(method.name, method.estimand, _attrs(task, method, options, costs, more))
 
@@ -161,7 +164,7 @@ def _self_scores(
     labels = make_labels(task, "train", None, options.batch_size)
     return label_scores(
         {"influence": (("train",), np.concatenate(values))},
-        labels.coords(),
+        labels.axis.coords(),
         method.name,
         method.estimand,
         _attrs(task, method, options, costs, {"pairs": "self"}),
@@ -191,11 +194,14 @@ def _sink(
     query: Labels,
     train: Labels,
 ) -> Sink:
-    modules = [layer.name for layer in source.layers] if options.modules else None
+    leading: dict[str, Leading] = {}
+    if options.modules:
+        names = np.array([layer.name for layer in source.layers])
+        leading["influence_by_module"] = ("module", names)
     if options.top_k is not None:
-        return TopSink(query, train, options.top_k)
+        return TopSink(query.axis, train.axis, options.top_k)
     if options.store is None:
-        return MatrixSink(query, train, modules)
+        return MatrixSink(query.axis, train.axis, leading)
     config = {
         "method": method.name,
         "task": task.fingerprint(),
@@ -203,7 +209,8 @@ def _sink(
         "settings": method.attrs,
     }
     dtype = str(source.task.dtype).removeprefix("torch.")
-    return StoreSink(options.store, query, train, modules, config, dtype)
+    variables = {"influence": None, **leading}
+    return StoreSink(options.store, query.axis, train.axis, variables, config, dtype)
 
 
 def _gradients(

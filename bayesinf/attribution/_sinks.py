@@ -1,9 +1,14 @@
-"""Where blocks of scores go: a matrix in memory, the extremes of every query, a Zarr store."""
+"""Where blocks of scores go: a matrix in memory, the extremes of every query, a Zarr store.
+
+A block is ``{variable: array (…, rows, columns)}``; one of the variables is ``influence (rows,
+columns)``, and what has a dimension before rows and columns (modules, say) is named beforehand.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,18 +16,25 @@ import numpy as np
 import xarray as xr
 import zarr
 
+from bayesinf._axes import Axis, axes
 from bayesinf._disk import replacing
 from bayesinf._layout import identity
 from bayesinf._scores import finite, label_scores, text_labels
-from bayesinf.attribution._labels import Labels
 
-__all__ = ["MatrixSink", "Sink", "StoreSink", "TopSink"]
+__all__ = ["COLUMNS", "ROWS", "Block", "Leading", "MatrixSink", "Sink", "StoreSink", "TopSink"]
+
+Block = Mapping[str, np.ndarray]
+Leading = tuple[str, np.ndarray | None]
+"""Name and labels of the dimension before rows and columns."""
+
+ROWS, COLUMNS = 256, 4096
+"""Of a chunk of scores on disk."""
 
 _SIDES = text_labels(np.array(["helpful", "harmful"]))
 
 
 class Sink(Protocol):
-    """Takes the blocks of a score matrix ``(module, query, train)``, in order.
+    """Takes the blocks of a score matrix, in order.
 
     Attributes
     ----------
@@ -36,8 +48,8 @@ class Sink(Protocol):
         """Whether the block was written by an earlier run."""
         ...
 
-    def write(self, rows: slice, columns: slice, block: np.ndarray) -> None:
-        """Take a block ``(module, rows, columns)``."""
+    def write(self, rows: slice, columns: slice, block: Block) -> None:
+        """Take a block."""
         ...
 
     def finish(self, method: str, estimand: str, attrs: dict[str, Any]) -> xr.Dataset:
@@ -46,67 +58,81 @@ class Sink(Protocol):
 
 
 class MatrixSink:
-    """All scores in memory."""
+    """All scores in memory.
 
-    def __init__(self, query: Labels, train: Labels, modules: list[str] | None) -> None:
-        self.query, self.train, self.modules = query, train, modules
+    Parameters
+    ----------
+    query, train
+        The axes.
+    leading
+        Of variables that have a dimension before rows and columns.
+    """
+
+    def __init__(self, query: Axis, train: Axis, leading: Mapping[str, Leading]) -> None:
+        self.query, self.train, self.leading = query, train, leading
         self.errors: dict[str, float] = {}
-        self.values: np.ndarray | None = None
+        self.values: dict[str, np.ndarray] = {}
 
     def done(self, rows: slice, columns: slice) -> bool:
         """Nothing is."""
         return False
 
-    def write(self, rows: slice, columns: slice, block: np.ndarray) -> None:
+    def write(self, rows: slice, columns: slice, block: Block) -> None:
         """Keep the block."""
-        if self.values is None:
-            shape = (len(block), self.query.size, self.train.size)
-            self.values = np.empty(shape, dtype=block.dtype)
-        self.values[:, rows, columns] = block
+        for name, array in block.items():
+            if name not in self.values:
+                shape = (*array.shape[:-2], self.query.size, self.train.size)
+                self.values[name] = np.empty(shape, dtype=array.dtype)
+            self.values[name][..., rows, columns] = array
 
     def finish(self, method: str, estimand: str, attrs: dict[str, Any]) -> xr.Dataset:
         """Label the matrix."""
-        assert self.values is not None
         dims, coords = axes(self.query, self.train)
-        arrays: dict[str, Any] = {"influence": (dims, self.values.sum(0))}
-        if self.modules is not None:
-            arrays["influence_by_module"] = (("module", *dims), self.values)
-            coords["module"] = text_labels(np.array(self.modules))
+        arrays: dict[str, Any] = {}
+        for name, values in self.values.items():
+            before = self.leading[name][:1] if name in self.leading else ()
+            arrays[name] = ((*before, *dims), values)
+        coords.update(_labels(self.leading))
         return label_scores(arrays, coords, method, estimand, attrs)
 
 
 class TopSink:
-    """The most helpful and the most harmful of every query."""
+    """The most helpful and the most harmful of every query, with whatever else is known of them."""
 
-    def __init__(self, query: Labels, train: Labels, k: int) -> None:
+    def __init__(self, query: Axis, train: Axis, k: int) -> None:
         self.query, self.train, self.k = query, train, min(k, train.size)
         self.errors: dict[str, float] = {}
-        self.values: np.ndarray | None = None
+        self.values: dict[str, np.ndarray] = {}
         self.places = np.zeros((query.size, 2, self.k), dtype=np.int64)
 
     def done(self, rows: slice, columns: slice) -> bool:
         """Nothing is."""
         return False
 
-    def write(self, rows: slice, columns: slice, block: np.ndarray) -> None:
+    def write(self, rows: slice, columns: slice, block: Block) -> None:
         """Merge the block into what is kept."""
-        scores = block.sum(0)
-        finite("influence", scores, self.query.ids[rows], self.train.ids[columns])
-        if self.values is None:
-            self.values = np.full(self.places.shape, np.inf, dtype=scores.dtype)
-        places = np.broadcast_to(np.arange(columns.start, columns.stop), scores.shape)
-        for side, sign in enumerate((1, -1)):
-            values = np.concatenate([self.values[rows, side], sign * scores], axis=1)
-            where = np.concatenate([self.places[rows, side], places], axis=1)
-            order = np.argsort(values, axis=1, kind="stable")[:, : self.k]
-            self.values[rows, side] = np.take_along_axis(values, order, axis=1)
-            self.places[rows, side] = np.take_along_axis(where, order, axis=1)
+        finite("influence", block["influence"], self.query.ids[rows], self.train.ids[columns])
+        if not self.values:
+            for name, array in block.items():
+                self.values[name] = np.zeros(self.places.shape, dtype=array.dtype)
+            self.values["influence"][:] = np.array([np.inf, -np.inf])[:, None]
+        for row in range(rows.start, rows.stop):
+            own = {name: array[row - rows.start] for name, array in block.items()}
+            for side, sign in enumerate((1, -1)):
+                self._merge((row, side), sign, own, columns.start)
+
+    def _merge(self, at: tuple[int, int], sign: int, own: Block, first: int) -> None:
+        """Merge one query's scores; of equal ones those that came first stay first."""
+        near = _smallest(sign * own["influence"], self.k)
+        values = np.concatenate([self.values["influence"][at], own["influence"][near]])
+        order = np.argsort(sign * values, kind="stable")[: self.k]
+        for name, kept in self.values.items():
+            kept[at] = np.concatenate([kept[at], own[name][near]])[order]
+        self.places[at] = np.concatenate([self.places[at], near + first])[order]
 
     def finish(self, method: str, estimand: str, attrs: dict[str, Any]) -> xr.Dataset:
         """Label what was kept."""
-        assert self.values is not None
         dims = (self.query.dim, "side", "rank")
-        values = self.values * np.array([1, -1], dtype=self.values.dtype)[:, None]
         coords: dict[str, Any] = {
             **self.query.coords(),
             "side": _SIDES,
@@ -116,7 +142,8 @@ class TopSink:
             array = labels[1] if isinstance(labels, tuple) else labels
             coords[name] = (dims, array[self.places])
         more = {**attrs, "top_k": self.k}
-        return label_scores({"influence": (dims, values)}, coords, method, estimand, more)
+        arrays: dict[str, Any] = {name: (dims, kept) for name, kept in self.values.items()}
+        return label_scores(arrays, coords, method, estimand, more)
 
 
 class StoreSink:
@@ -129,13 +156,13 @@ class StoreSink:
     def __init__(
         self,
         path: str | os.PathLike[str],
-        query: Labels,
-        train: Labels,
-        modules: list[str] | None,
+        query: Axis,
+        train: Axis,
+        variables: Mapping[str, Leading | None],
         config: dict[str, Any],
         dtype: str,
     ) -> None:
-        self.path, self.modules = Path(path), modules
+        self.path, self.variables = Path(path), variables
         self._scores = self.path / "scores"
         self.query, self.train = query, train
         self._progress = self.path / "progress.json"
@@ -152,15 +179,18 @@ class StoreSink:
         """Whether the block was written by an earlier run."""
         return _key(rows, columns) in self._done
 
-    def write(self, rows: slice, columns: slice, block: np.ndarray) -> None:
+    def write(self, rows: slice, columns: slice, block: Block) -> None:
         """Write the block, then mark it as done."""
-        finite("influence", block.sum(0), self.query.ids[rows], self.train.ids[columns])
-        self._group["influence"][rows, columns] = block.sum(0)
-        if self.modules is not None:
-            self._group["influence_by_module"][:, rows, columns] = block
+        finite("influence", block["influence"], self.query.ids[rows], self.train.ids[columns])
+        for name, array in block.items():
+            self._group[name][..., rows, columns] = array
         self._done.add(_key(rows, columns))
         self._written = True
         self._commit()
+
+    def read(self, rows: slice, columns: slice) -> dict[str, np.ndarray]:
+        """Read a block that is done."""
+        return {name: self._group[name][..., rows, columns] for name in self.variables}
 
     def finish(self, method: str, estimand: str, attrs: dict[str, Any]) -> xr.Dataset:
         """Open the store lazily; a run that wrote nothing leaves its labels as they are."""
@@ -176,23 +206,17 @@ class StoreSink:
                 f"path, or remove it if it is not needed."
             )
         dims, coords = axes(self.query, self.train)
-        if self.modules is not None:
-            coords["module"] = text_labels(np.array(self.modules))
+        named = {name: before for name, before in self.variables.items() if before is not None}
+        coords.update(_labels(named))
         xr.Dataset(coords=coords).to_zarr(self._scores, mode="w", consolidated=False)
         group = zarr.open_group(self._scores, mode="r+")
         shape = (self.query.size, self.train.size)
-        chunks = (min(shape[0], 256), min(shape[1], 4096))
-        self._array(group, "influence", dims, shape, chunks, dtype)
-        if self.modules is not None:
-            count = len(self.modules)
-            self._array(
-                group,
-                "influence_by_module",
-                ("module", *dims),
-                (count, *shape),
-                (1, *chunks),
-                dtype,
-            )
+        chunks = (min(shape[0], ROWS), min(shape[1], COLUMNS))
+        for name, before in self.variables.items():
+            dim, labels = ("", None) if before is None else before
+            lead = () if labels is None else (len(labels),)
+            every = (dim, *dims) if lead else dims
+            self._array(group, name, every, (*lead, *shape), (*(1 for _ in lead), *chunks), dtype)
         self._config = config
         self._commit()
 
@@ -232,9 +256,18 @@ class StoreSink:
             file.write(json.dumps(held).encode())
 
 
-def axes(query: Labels, train: Labels) -> tuple[tuple[str, str], dict[str, Any]]:
-    """Dimensions and coordinates of a score matrix."""
-    return (query.dim, train.dim), {**query.coords(), **train.coords()}
+def _labels(leading: Mapping[str, Leading]) -> dict[str, np.ndarray]:
+    """Coordinates of the dimensions before rows and columns."""
+    return {dim: text_labels(labels) for dim, labels in leading.values() if labels is not None}
+
+
+def _smallest(values: np.ndarray, k: int) -> np.ndarray:
+    """Places of the ``k`` smallest, in the order of places; of equal ones the first."""
+    if len(values) <= k:
+        return np.arange(len(values))
+    bound = np.partition(values, k - 1)[k - 1]
+    below, equal = np.flatnonzero(values < bound), np.flatnonzero(values == bound)
+    return np.sort(np.concatenate([below, equal[: k - len(below)]]))
 
 
 def _key(rows: slice, columns: slice) -> str:
