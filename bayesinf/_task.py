@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 
+from bayesinf._checkpoint import Checkpoint, frozen_copy, load_into
 from bayesinf._data import Batch, Examples
 from bayesinf._likelihoods import Likelihood, require
+from bayesinf._parameters import Selection, choose
 
 __all__ = ["Measurement", "Task", "measurement_name"]
 
@@ -54,7 +56,10 @@ class Task:
         ``(x, y)`` tensors, a dict of tensors, or a map-style ``Dataset``.
     parameters
         Which parameters are sampled and attributed to: names or regular expressions that match a
-        whole name. Default: all with ``requires_grad``.
+        whole name; or a mapping from them to None (the whole parameter) or to a bool mask of its
+        shape, where only the marked entries count and the others stay at the checkpoint. Sampling
+        takes masks; curvatures of layers need whole parameters. Default: all with
+        ``requires_grad``.
     train_ids, query_ids
         Unique integers or strings; positions by default.
     device
@@ -65,7 +70,7 @@ class Task:
     Attributes
     ----------
     params : dict[str, Tensor]
-        The selected weights at the checkpoint, ``w0``.
+        The selected weights at the checkpoint, ``w0``; whole, also where a mask selects a part.
     module : nn.Module
         The task's own frozen copy of the network.
     dtype : torch.dtype
@@ -75,14 +80,14 @@ class Task:
     n : int
         Number of training examples.
     dimension : int
-        Number of selected parameters, ``d``.
+        Number of selected parameters (of selected entries, with masks), ``d``.
 
     Raises
     ------
     ValueError
-        If a name matches nothing, the model changes its inputs in place, the losses are not one
-        finite number per example, the target does not fit the likelihood, or two evaluations of
-        the same batch differ.
+        If a name matches nothing, a mask does not fit, the model changes its inputs in place, the
+        losses are not one finite number per example, the target does not fit the likelihood, or
+        two evaluations of the same batch differ.
     TypeError
         If data or parameters are of a kind that cannot be used.
 
@@ -102,26 +107,40 @@ class Task:
         *,
         train: Any,
         query: Any,
-        parameters: str | Iterable[str] | None = None,
+        parameters: str | Iterable[str] | Mapping[str, Tensor | None] | None = None,
         train_ids: Sequence[Any] | np.ndarray | None = None,
         query_ids: Sequence[Any] | np.ndarray | None = None,
         device: torch.device | str | None = None,
         target: str | None = None,
     ) -> None:
-        names = _select(model, parameters)
-        weights = dict(model.named_parameters())
-        first = weights[names[0]]
+        chosen = choose(model, parameters)
+        first = dict(model.named_parameters())[next(iter(chosen))]
         self.device = torch.device(device) if device is not None else first.device
         self.module_dtype = first.dtype
         self.dtype = _master(first.dtype)
         self.likelihood = likelihood
-        self.module = _frozen_copy(model).to(self.device)
-        own = dict(self.module.named_parameters())
-        self.params = {name: own[name].detach().to(self.dtype) for name in names}
-        self.dimension = sum(p.numel() for p in self.params.values())
+        self.module = frozen_copy(model).to(self.device)
+        self._select(chosen)
         self.train = Examples(train, train_ids, "train", self.device, self.dtype, target)
         self.query = Examples(query, query_ids, "query", self.device, self.dtype, target)
         self._validate()
+
+    def _select(self, chosen: Mapping[str, Tensor | None]) -> None:
+        """Take entries of the module's own parameters."""
+        own = dict(self.module.named_parameters())
+        values = {name: own[name].detach().to(self.dtype) for name in chosen}
+        entries = {name: where for name, where in chosen.items() if where is not None}
+        self._selection = Selection(values, entries).moved(values)
+
+    @property
+    def params(self) -> dict[str, Tensor]:
+        """The selected weights at the checkpoint."""
+        return self._selection.values
+
+    @property
+    def dimension(self) -> int:
+        """Number of selected parameters, or entries of them."""
+        return sum(self._selection.sizes)
 
     @property
     def n(self) -> int:
@@ -169,23 +188,16 @@ class Task:
     # ------------------------------------------------------------------ flat view
 
     def flatten(self, params: dict[str, Tensor]) -> Tensor:
-        """Concatenate the selected parameters to ``(..., d)``; leading dimensions are kept."""
-        parts = []
-        for name, reference in self.params.items():
-            value = params[name]
-            lead = value.shape[: value.ndim - reference.ndim]
-            parts.append(value.reshape(*lead, reference.numel()))
-        return torch.cat(parts, dim=-1)
+        """Concatenate the selected entries to ``(..., d)``; leading dimensions are kept."""
+        return self._selection.flatten(params)
 
     def unflatten(self, flat: Tensor) -> dict[str, Tensor]:
-        """Views of ``(..., d)`` as named parameters with the same leading dimensions."""
-        sizes = [p.numel() for p in self.params.values()]
-        return {
-            name: part.unflatten(-1, reference.shape) if reference.ndim else part.squeeze(-1)
-            for (name, reference), part in zip(
-                self.params.items(), flat.split(sizes, dim=-1), strict=True
-            )
-        }
+        """Weights ``(..., d)`` as named parameters with the same leading dimensions.
+
+        Views of whole parameters; of one that a mask selects in part, the other entries are as at
+        the checkpoint.
+        """
+        return self._selection.unflatten(flat)
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -198,11 +210,77 @@ class Task:
         moved = copy.copy(self)
         moved.device, moved.module_dtype, moved.dtype = device, dtype, _master(dtype)
         moved.module = copy.deepcopy(self.module).to(device, dtype)
-        own = dict(moved.module.named_parameters())
-        moved.params = {name: own[name].detach().to(moved.dtype) for name in self.params}
+        moved._select(self._chosen())
         moved.train = self.train.to(device, moved.dtype)
         moved.query = self.query.to(device, moved.dtype)
         return moved
+
+    def restrict(
+        self, parameters: str | Iterable[str] | Mapping[str, Tensor | None] | None
+    ) -> Task:
+        """Return the same task with other parameters selected.
+
+        Network and data are shared, so that a task for each component of a network costs nothing.
+
+        Parameters
+        ----------
+        parameters
+            As of :class:`Task`; None takes all parameters of the network.
+
+        Raises
+        ------
+        ValueError
+            If a name matches nothing or a mask does not fit.
+        TypeError
+            If the parameters are of another dtype than those selected before.
+        """
+        chosen = choose(self.module, ".*" if parameters is None else parameters)
+        kind = dict(self.module.named_parameters())[next(iter(chosen))].dtype
+        if kind != self.module_dtype:
+            raise TypeError(
+                f"the selected parameters are of {kind}, and the task computes in "
+                f"{self.module_dtype}. Convert the model first: model.float()."
+            )
+        other = copy.copy(self)
+        other._select(chosen)
+        return other
+
+    def at(self, checkpoint: Checkpoint) -> Task:
+        """Return the same task at another checkpoint of the same network.
+
+        Data are shared, and selected are the same entries of the same parameters.
+
+        Parameters
+        ----------
+        checkpoint
+            A state dict, a module of the same structure, or a file: ``*.safetensors``, or what
+            ``torch.save`` wrote of a state dict (read with ``weights_only=True``).
+
+        Raises
+        ------
+        ValueError
+            If the weights are not those of this network, or the losses there are not finite.
+        """
+        other = copy.copy(self)
+        other.module = copy.deepcopy(self.module)
+        load_into(other.module, checkpoint)
+        other._select(self._chosen())
+        other._validate()
+        return other
+
+    def _chosen(self) -> dict[str, Tensor | None]:
+        return {name: self._selection.entries.get(name) for name in self.params}
+
+    def require_whole_parameters(self, what: str) -> None:
+        """Raise ``ValueError`` where a mask selects a part of a parameter."""
+        parts = list(self._selection.entries)
+        if parts:
+            raise ValueError(
+                f"{what} needs whole parameters, and masks select parts of {parts[:4]}"
+                f"{' …' if len(parts) > 4 else ''}. Sampling takes masks with any kernel that has "
+                f"no preconditioner; for this, select whole parameters: "
+                f"task.restrict({parts[:4]!r})."
+            )
 
     def require_full_precision(self, what: str) -> None:
         """Raise ``TypeError`` where the network computes in half precision."""
@@ -226,7 +304,7 @@ class Task:
             )
         return {
             "checkpoint": digest.hexdigest()[:16],
-            "parameters": hashlib.sha256("\n".join(self.params).encode()).hexdigest()[:16],
+            "parameters": self._selection.digest(),
             "likelihood": _without_addresses(self.likelihood),
             "train": self.train.fingerprint(),
             "query": self.query.fingerprint(),
@@ -276,65 +354,12 @@ class Task:
                 )
 
 
-def _frozen_copy(model: nn.Module) -> nn.Module:
-    """Copy a module without its gradients and backward hooks, in eval mode, all of it frozen.
-
-    Forward hooks are part of what the network computes and stay; hooks on gradients are not, and
-    do not meet ``torch.func``.
-    """
-    memo: dict[int, Any] = {
-        id(p): nn.Parameter(p.detach().clone(), requires_grad=False) for p in model.parameters()
-    }
-    copied = copy.deepcopy(model, memo).eval()
-    for module in copied.modules():
-        module._backward_hooks.clear()
-        module._backward_pre_hooks.clear()
-    return copied
-
-
 def _without_addresses(thing: Any) -> str:
     """``repr``, the same in every process."""
     return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(thing))
 
 
-def _select(model: nn.Module, parameters: str | Iterable[str] | None) -> list[str]:
-    """Canonical names of the selected parameters, in the module's order."""
-    canonical = {id(p): name for name, p in model.named_parameters()}
-    if not canonical:
-        raise ValueError(f"{type(model).__name__} has no parameters.")
-    every = dict(model.named_parameters(remove_duplicate=False))
-    if parameters is None:
-        chosen = {name for name, p in model.named_parameters() if p.requires_grad}
-        if not chosen:
-            raise ValueError(
-                "no parameter has requires_grad=True. Name the ones that count: "
-                "Task(..., parameters='.*') takes them all."
-            )
-    else:
-        patterns = [parameters] if isinstance(parameters, str) else list(parameters)
-        chosen = set()
-        for pattern in patterns:
-            hits = [name for name in every if name == pattern or re.fullmatch(pattern, name)]
-            if not hits:
-                raise ValueError(
-                    f"parameters={pattern!r} matches no parameter. Names are "
-                    f"{sorted(every)[:12]}{' …' if len(every) > 12 else ''}; a regular "
-                    f"expression must match the whole name."
-                )
-            chosen |= {canonical[id(every[name])] for name in hits}
-    names = [name for name in canonical.values() if name in chosen]
-    kinds = {every[name].dtype for name in names}
-    if len(kinds) != 1 or not kinds <= _DTYPES:
-        raise TypeError(
-            f"the selected parameters must all be of one floating dtype (float32, float64, "
-            f"bfloat16 or float16); got {sorted(map(str, kinds))}. Convert the model first: "
-            f"model.float()."
-        )
-    return names
-
-
 _HALF = {torch.bfloat16, torch.float16}
-_DTYPES = {torch.float32, torch.float64, *_HALF}
 
 
 def _master(dtype: torch.dtype) -> torch.dtype:

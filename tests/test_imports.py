@@ -100,10 +100,15 @@ LAYERS = {  # what a module may need of the package, at most
     "bayesinf._data": set(),
     "bayesinf._tracing": set(),
     "bayesinf._rng": set(),
-    "bayesinf._task": {"_data", "_likelihoods", "_language"},
-    "bayesinf._gradients": {"_task", "_data", "_likelihoods", "_language", "_tracing"},
+    "bayesinf._parameters": set(),
+    "bayesinf._checkpoint": set(),
+    "bayesinf._task": {"_data", "_likelihoods", "_language", "_parameters", "_checkpoint"},
+    "bayesinf._gradients": {
+        "_task", "_data", "_likelihoods", "_language", "_parameters", "_checkpoint", "_tracing",
+    },
     "bayesinf._posterior": {
-        "_task", "_data", "_likelihoods", "_language", "_gradients", "_tracing",
+        "_task", "_data", "_likelihoods", "_language", "_parameters", "_checkpoint", "_gradients",
+        "_tracing",
     },
 }  # fmt: skip
 

@@ -306,6 +306,7 @@ class Curvature:
 
     def require_task(self, task: Task) -> None:
         """Raise ``ValueError`` unless the curvature is of this task's parameters."""
+        task.require_whole_parameters("a curvature")
         expected = {name: tuple(p.shape) for name, p in task.params.items()}
         if expected != self.shapes:
             odd = sorted(set(expected.items()) ^ set(self.shapes.items()))[:4]

@@ -128,8 +128,11 @@ def group_parameters(task: Task) -> tuple[Layer, ...]:
     ------
     TypeError
         If the network computes in half precision.
+    ValueError
+        If a mask selects a part of a parameter.
     """
     task.require_full_precision("a curvature or a classical method")
+    task.require_whole_parameters("a curvature or a classical method")
     holders = _holders(task)
     modules = dict(task.module.named_modules())
     kinds = {

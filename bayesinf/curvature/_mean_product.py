@@ -68,6 +68,7 @@ class MeanProduct(ABC):
         if batch_size < 1:
             raise ValueError(f"batch_size must be ≥ 1; got {batch_size}.")
         task.require_full_precision("a product with a curvature")
+        task.require_whole_parameters("a product with a curvature")
         self.task, self.batch_size, self.costs = task, batch_size, costs
         self._index: Tensor | None = None
         self._state = _State(vectorize=vectorize)
