@@ -9,20 +9,25 @@ is there already is left alone.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import shutil
 import time
 from pathlib import Path
 
 import torch
+import xarray as xr
 
 from bayesinf.evaluation import noise_ceiling, open_bank, retrain, save_bank
-from benchmarks.tasks import BANKS, GROUND_TRUTH, TASKS, BenchmarkTask, get_task
+from benchmarks.tasks import GROUND_TRUTH, TASKS, BenchmarkTask, get_task
 
 __all__ = ["main", "make_banks"]
 
 
 def make_banks(
-    task: BenchmarkTask | str, out: Path | str | None = None, progress: bool = True
+    task: BenchmarkTask | str,
+    out: Path | str | None = None,
+    progress: bool = True,
+    workers: int = 1,
 ) -> dict[str, Path]:
     """Train and save both banks of a task; returns their paths by name.
 
@@ -34,6 +39,8 @@ def make_banks(
         Directory that gets a folder ``TASK``; default: the repository's ground truth.
     progress
         Show a progress bar.
+    workers
+        Processes at a time, each of one thread.
 
     Returns
     -------
@@ -43,27 +50,48 @@ def make_banks(
     task = get_task(task) if isinstance(task, str) else task
     folder = Path(out if out is not None else GROUND_TRUTH) / task.name
     folder.mkdir(parents=True, exist_ok=True)
-    train, query = task.data()
     paths = {}
-    for name, plan in BANKS.items():
+    for name in task.banks:
         paths[name] = folder / f"{name}.zarr"
         if paths[name].exists():
             continue
         partial = folder / f"{name}.partial"
-        bank = retrain(
-            task.make_model,
-            task.likelihood,
-            task.recipe,
-            train=train,
-            query=query,
-            subsets=plan.masks(len(train[0])),
-            seeds=plan.seeds,
-            store=partial,
-            progress=progress,
-        )
+        others = [
+            multiprocessing.get_context("spawn").Process(
+                target=_fill, args=(task, name, partial, (k, workers))
+            )
+            for k in range(1, workers)
+        ]
+        for other in others:
+            other.start()
+        bank = _fill(task, name, partial, (0, workers), progress)
+        for other in others:
+            other.join()
         save_bank(bank.assign_attrs(task=task.name, bank=name), paths[name])
         shutil.rmtree(partial)
     return paths
+
+
+def _fill(
+    task: BenchmarkTask, name: str, store: Path, worker: tuple[int, int], progress: bool = False
+) -> xr.Dataset:
+    """Train what is missing of a bank."""
+    if worker[1] > 1:
+        torch.set_num_threads(1)
+    train, query = task.data()
+    plan = task.banks[name]
+    return retrain(
+        task.make_model,
+        task.likelihood,
+        task.recipe,
+        train=train,
+        query=query,
+        subsets=plan.masks(len(train[0])),
+        seeds=plan.seeds,
+        store=store,
+        worker=worker,
+        progress=progress,
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -72,10 +100,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("task", choices=sorted(TASKS))
     parser.add_argument("--out", type=Path, default=GROUND_TRUTH, help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=1, help="default: %(default)s")
+    parser.add_argument("--workers", type=int, default=1, help="default: %(default)s")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     start = time.perf_counter()
-    paths = make_banks(args.task, args.out)
+    paths = make_banks(args.task, args.out, workers=args.workers)
     print(f"{args.task}: {time.perf_counter() - start:.0f} s")
     for path in paths.values():
         size = sum(f.stat().st_size for f in path.rglob("*") if f.is_file())

@@ -4,11 +4,13 @@ from bayesinf.evaluation._bank import open_bank, save_bank
 from bayesinf.evaluation._gaps import response_gaps
 from bayesinf.evaluation._lds import lds, lds_difference, lds_table, noise_ceiling
 from bayesinf.evaluation._pbrf import pbrf
+from bayesinf.evaluation._recipes import AdamWRecipe, Recipe, SGDRecipe
 from bayesinf.evaluation._retraining import retrain, train_one
 from bayesinf.evaluation._subsets import random_subsets
-from bayesinf.evaluation._training import SGDRecipe
 
 __all__ = [
+    "AdamWRecipe",
+    "Recipe",
     "SGDRecipe",
     "lds",
     "lds_difference",

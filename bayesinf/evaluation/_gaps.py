@@ -19,10 +19,10 @@ from torch import Tensor
 from bayesinf._scores import text_labels, versions
 from bayesinf._task import Measurement, Task, measurement_name
 from bayesinf.evaluation._problem import ModelFactory
+from bayesinf.evaluation._recipes import SGDRecipe
 from bayesinf.evaluation._responses import require_settings, warn_unconverged
 from bayesinf.evaluation._stages import STAGES, Stage, Stages, retrain_without, standard_error
 from bayesinf.evaluation._statistics import correlate
-from bayesinf.evaluation._training import SGDRecipe
 
 __all__ = ["response_gaps"]
 

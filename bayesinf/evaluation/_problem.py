@@ -15,7 +15,8 @@ from torch import nn
 from bayesinf._data import Examples
 from bayesinf._likelihoods import Likelihood
 from bayesinf._scores import versions
-from bayesinf.evaluation._training import SGDRecipe, initialise
+from bayesinf.evaluation._recipes import Recipe
+from bayesinf.evaluation._training import initialise
 
 __all__ = ["ModelFactory", "Problem", "Row", "examples", "make_problem"]
 
@@ -35,7 +36,7 @@ class Problem:
 
     make_model: ModelFactory
     likelihood: Likelihood
-    recipe: SGDRecipe
+    recipe: Recipe
     data: Examples
     queries: Examples
     mask: np.ndarray
@@ -95,7 +96,7 @@ class Problem:
 def make_problem(
     make_model: ModelFactory,
     likelihood: Likelihood,
-    recipe: SGDRecipe,
+    recipe: Recipe,
     *,
     train: Any,
     query: Any,

@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from bayesinf._likelihoods import Likelihood
 from bayesinf.evaluation._problem import ModelFactory, Problem, Row, examples, make_problem
+from bayesinf.evaluation._recipes import Recipe
 from bayesinf.evaluation._rows import MemoryRows, ZarrRows, open_rows
 from bayesinf.evaluation._training import (
-    SGDRecipe,
     call,
     choose_group_size,
     initialise,
@@ -36,7 +36,7 @@ __all__ = ["retrain", "train_one"]
 def train_one(
     make_model: ModelFactory,
     likelihood: Likelihood,
-    recipe: SGDRecipe,
+    recipe: Recipe,
     *,
     train: Any,
     seed: int,
@@ -87,7 +87,7 @@ def train_one(
 def retrain(
     make_model: ModelFactory,
     likelihood: Likelihood,
-    recipe: SGDRecipe,
+    recipe: Recipe,
     *,
     train: Any,
     query: Any,
@@ -97,6 +97,7 @@ def retrain(
     measurements: Sequence[str] = ("loss", "margin"),
     query_ids: Sequence[Any] | np.ndarray | None = None,
     group_size: int | None = None,
+    worker: tuple[int, int] = (0, 1),
     progress: bool = False,
 ) -> xr.Dataset:
     """Train on every subset with every seed and measure the queries: a bank of outcomes.
@@ -125,6 +126,10 @@ def retrain(
     group_size
         How many networks are trained at once, vectorised; 1 trains one after another. Default:
         60 for small plain MLPs, else 1. Subsets of unequal size always train one by one.
+    worker
+        ``(k, K)``: this is number k of K processes that run with the same ``store`` at a time.
+        Each begins with its own share of the rows and goes on with what the others have left,
+        so that all of them return the whole bank.
     progress
         Show a progress bar.
 
@@ -144,6 +149,11 @@ def retrain(
     """
     if group_size is not None and group_size < 1:
         raise ValueError(f"group_size must be at least 1; got {group_size}.")
+    if not 0 <= worker[0] < worker[1] or (worker[1] > 1 and store is None):
+        raise ValueError(
+            f"worker must be (k, K) with 0 ≤ k < K, and several workers need a common store=; got "
+            f"worker={worker} and store={store!r}."
+        )
     problem = make_problem(
         make_model,
         likelihood,
@@ -162,8 +172,8 @@ def retrain(
     )
     size = group_size or choose_group_size(problem.model)
     with tqdm(total=rows.done.size, initial=int(rows.done.sum()), disable=not progress) as bar:
-        for group in _groups(problem, size):
-            pending = sum(not rows.done[row] for row in group)
+        for group in _ordered(list(_groups(problem, size)), worker):
+            pending = sum(not rows.is_done(*row) for row in group)
             if not pending:
                 continue
             for row, values in zip(group, _outcomes(problem, group), strict=True):
@@ -186,6 +196,13 @@ def _groups(problem: Problem, size: int) -> Iterator[list[Row]]:
             group = []
         group.append((j, s))
     yield group
+
+
+def _ordered(groups: list[list[Row]], worker: tuple[int, int]) -> list[list[Row]]:
+    """Every K-th group first, then those of the other workers from their ends."""
+    k, workers = worker
+    own = groups[k::workers]
+    return own + [g for place, g in reversed(list(enumerate(groups))) if place % workers != k]
 
 
 def _outcomes(problem: Problem, group: list[Row]) -> Iterator[dict[str, np.ndarray]]:

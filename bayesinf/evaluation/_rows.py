@@ -2,13 +2,16 @@
 
 A Zarr v3 directory with arrays ``(subset, seed, query)``, one per measurement, and ``done``
 ``(subset, seed)``; one chunk a row, so that writing a row never touches another. A row's mark in
-``done`` is written after its data: rows without a mark are trained again and overwritten.
+``done`` is written after its data: rows without a mark are trained again and overwritten. Several
+processes may fill one store at a time.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,10 @@ class MemoryRows:
             self.values[name][subset, seed] = value
         self.done[subset, seed] = True
 
+    def is_done(self, subset: int, seed: int) -> bool:
+        """Whether a row has been written."""
+        return bool(self.done[subset, seed])
+
     def read(self) -> dict[str, np.ndarray]:
         """Return all measurements, ``(subset, seed, query)``."""
         return self.values
@@ -53,6 +60,12 @@ class ZarrRows:
             self._values[name][subset, seed] = value.astype(np.float32)
         self._marks[subset, seed] = 1
         self.done[subset, seed] = True
+
+    def is_done(self, subset: int, seed: int) -> bool:
+        """Whether a row has been written, by this process or another."""
+        if not self.done[subset, seed]:
+            self.done[subset, seed] = np.asarray(self._marks[subset, seed]) == 1
+        return bool(self.done[subset, seed])
 
     def read(self) -> dict[str, np.ndarray]:
         """Return all measurements, ``(subset, seed, query)``."""
@@ -109,8 +122,13 @@ def open_rows(
     )
     group.attrs.update({"format": FORMAT, "identity": identity})
     if root.exists():
-        root.rmdir()
-    os.replace(draft, root)
+        with suppress(OSError):
+            root.rmdir()
+    try:
+        os.replace(draft, root)
+    except OSError:  # another worker was first
+        shutil.rmtree(draft)
+        return open_rows(path, identity, shape, measurements)
     return ZarrRows(zarr.open_group(root, mode="r+", use_consolidated=False), measurements)
 
 

@@ -22,8 +22,8 @@ from bayesinf._task import Measurement, Task
 from bayesinf.evaluation._descent import minimise
 from bayesinf.evaluation._problem import ModelFactory
 from bayesinf.evaluation._proximal import Metric, Neighbourhood, Objective, fit_metric, respond
+from bayesinf.evaluation._recipes import SGDRecipe
 from bayesinf.evaluation._retraining import retrain
-from bayesinf.evaluation._training import SGDRecipe
 
 __all__ = ["STAGES", "Stage", "Stages", "retrain_without", "standard_error"]
 

@@ -11,9 +11,7 @@ other rows are trained, in which order, or beside it.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -23,79 +21,19 @@ from torch.func import functional_call, vmap
 
 from bayesinf._data import Examples
 from bayesinf._likelihoods import Likelihood
+from bayesinf.evaluation._recipes import Recipe
 
-__all__ = ["RowSeeds", "SGDRecipe", "choose_group_size", "row_seeds", "train_looped"]
+__all__ = ["RowSeeds", "choose_group_size", "row_seeds", "train_looped"]
 
 RowSeeds = tuple[int, int]
 """Seeds of a row: initial weights, and batch order."""
 
-SCHEDULES = ("cosine", "constant")
 VECTORISABLE = (
     nn.Linear, nn.Flatten, nn.Identity, nn.ReLU, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.ELU,
     nn.Tanh, nn.Sigmoid, nn.Softplus, nn.LayerNorm, nn.Embedding,
 )  # fmt: skip
 SMALL_MODEL = 2**16
 GROUP_SIZE = 60
-
-
-@dataclass(frozen=True)
-class SGDRecipe:
-    """How a network is trained: SGD with momentum on the mean loss of its subset.
-
-    A step at learning rate ``η_t`` is ``v ← momentum·v + ∇L_B(w) + weight_decay·w``,
-    ``w ← w − η_t v``, as in ``torch.optim.SGD``. Batches come from a new permutation every epoch;
-    the last one is smaller where ``batch_size`` does not divide the subset.
-
-    Parameters
-    ----------
-    epochs, batch_size
-        Passes over the subset, and examples of a step.
-    lr
-        Learning rate ``η`` of the first step.
-    momentum, weight_decay
-        As in ``torch.optim.SGD`` (coupled: weight decay is part of the gradient).
-    schedule
-        ``"cosine"``: ``η_t = η (1 + cos(πt/T))/2`` over all ``T`` steps, to 0; or ``"constant"``.
-
-    Raises
-    ------
-    ValueError
-        If a number is out of range or the schedule unknown.
-    """
-
-    epochs: int
-    batch_size: int
-    lr: float
-    momentum: float = 0.9
-    weight_decay: float = 0.0
-    schedule: str = "cosine"
-
-    def __post_init__(self) -> None:
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"schedule must be one of {SCHEDULES}; got {self.schedule!r}.")
-        if self.epochs < 1 or self.batch_size < 1 or self.lr <= 0:
-            raise ValueError(f"epochs, batch_size and lr must be positive; got {self}.")
-        if not 0 <= self.momentum < 1 or self.weight_decay < 0:
-            raise ValueError(f"momentum must lie in [0, 1) and weight_decay be ≥ 0; got {self}.")
-
-    def steps(self, size: int) -> int:
-        """Number of steps ``T`` on a subset of ``size`` examples."""
-        return self.epochs * math.ceil(size / self.batch_size)
-
-    def rate(self, step: int, total: int) -> float:
-        """Learning rate ``η_t`` of step ``t`` of ``total``."""
-        if self.schedule == "constant":
-            return self.lr
-        return 0.5 * self.lr * (1 + math.cos(math.pi * step / total))
-
-    def learning_rates(self, size: int) -> list[float]:
-        """Learning rates of all steps on a subset of ``size`` examples."""
-        total = self.steps(size)
-        return [self.rate(step, total) for step in range(total)]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the fields, for attrs and stores."""
-        return {"optimizer": "sgd", **asdict(self)}
 
 
 def row_seeds(mask: np.ndarray, seed: int) -> RowSeeds:
@@ -125,28 +63,12 @@ def call(model: nn.Module, inputs: Any, params: dict[str, Tensor] | None = None)
     return out if isinstance(out, Tensor) else getattr(out, "logits", out)
 
 
-def sgd_step(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    velocity: Sequence[Tensor],
-    rate: float,
-    recipe: SGDRecipe,
-) -> None:
-    """Apply one step in place, ``v ← momentum·v + g + weight_decay·w`` and ``w ← w − rate·v``."""
-    with torch.no_grad():
-        for w, g, v in zip(params, grads, velocity, strict=True):
-            v.mul_(recipe.momentum).add_(g)
-            if recipe.weight_decay:
-                v.add_(w, alpha=recipe.weight_decay)
-            w.add_(v, alpha=-rate)
-
-
 def descend(
     params: Sequence[Tensor],
     mean_loss: Callable[[Tensor], Tensor],
     members: Sequence[Tensor],
     seeds: Sequence[int],
-    recipe: SGDRecipe,
+    recipe: Recipe,
 ) -> None:
     """Train ``params`` in place.
 
@@ -154,7 +76,7 @@ def descend(
     each model's part of the gradient is then that of its own mean loss.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    velocity = [torch.zeros_like(p) for p in params]
+    optimizer = recipe.optimizer(params)
     size = len(members[0])
     total, step = recipe.steps(size), 0
     for _ in range(recipe.epochs):
@@ -163,14 +85,14 @@ def descend(
         for start in range(0, size, recipe.batch_size):
             loss = mean_loss(order[:, start : start + recipe.batch_size])
             grads = torch.autograd.grad(loss, params)
-            sgd_step(params, grads, velocity, recipe.rate(step, total), recipe)
+            optimizer(grads, recipe.rate(step, total))
             step += 1
 
 
 def train_looped(
     make_model: Callable[[], nn.Module],
     likelihood: Likelihood,
-    recipe: SGDRecipe,
+    recipe: Recipe,
     data: Examples,
     members: Tensor,
     seeds: RowSeeds,
@@ -192,7 +114,7 @@ def train_looped(
 def train_stacked(
     make_model: Callable[[], nn.Module],
     likelihood: Likelihood,
-    recipe: SGDRecipe,
+    recipe: Recipe,
     data: Examples,
     members: Sequence[Tensor],
     seeds: Sequence[RowSeeds],

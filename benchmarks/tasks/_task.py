@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -12,7 +12,7 @@ import xarray as xr
 from torch import Tensor, nn
 
 from bayesinf._likelihoods import Likelihood
-from bayesinf.evaluation import SGDRecipe, open_bank, random_subsets, train_one
+from bayesinf.evaluation import Recipe, open_bank, random_subsets, train_one
 
 __all__ = ["BANKS", "GROUND_TRUTH", "BankPlan", "BenchmarkTask", "Data", "split"]
 
@@ -62,14 +62,17 @@ class BenchmarkTask:
         How the checkpoint and every retraining are trained.
     seed
         Seed of the checkpoint.
+    banks
+        Subsets and seeds of its ground truth.
     """
 
     name: str
     make_model: Callable[[], nn.Module]
     likelihood: Likelihood
     data: Callable[[], Data]
-    recipe: SGDRecipe
+    recipe: Recipe
     seed: int = 0
+    banks: Mapping[str, BankPlan] = field(default_factory=lambda: BANKS)
 
     def checkpoint(self) -> nn.Module:
         """Train the network that is attributed, on all the data: deterministic, takes seconds."""

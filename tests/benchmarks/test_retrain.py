@@ -21,22 +21,22 @@ def data() -> Data:
     return (x[:16], y[:16]), (x[16:], y[16:])
 
 
-TINY = BenchmarkTask(
-    name="tiny",
-    make_model=lambda: nn.Linear(3, 2),
-    likelihood=bi.Categorical(),
-    data=data,
-    recipe=SGDRecipe(epochs=2, batch_size=4, lr=0.1),
-)
+def make_model() -> nn.Module:
+    return nn.Linear(3, 2)
+
+
 PLANS = {
     "evaluation": BankPlan(subsets=5, subset_seed=1, seeds=(100, 101)),
     "tuning": BankPlan(subsets=4, subset_seed=2, seeds=(200, 201)),
 }
-
-
-@pytest.fixture(autouse=True)
-def small_plans(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(program, "BANKS", PLANS)
+TINY = BenchmarkTask(
+    name="tiny",
+    make_model=make_model,
+    likelihood=bi.Categorical(),
+    data=data,
+    recipe=SGDRecipe(epochs=2, batch_size=4, lr=0.1),
+    banks=PLANS,
+)
 
 
 def test_make_banks(tmp_path: Path) -> None:
@@ -86,6 +86,15 @@ def test_a_bank_that_is_there_is_left_alone_and_a_cut_run_goes_on(
     assert kept.stat().st_mtime_ns == before
     for name in PLANS:
         xr.testing.assert_identical(open_bank(again[name]), open_bank(expected[name]))
+
+
+def test_workers_make_the_same_bank(tmp_path: Path) -> None:
+    """A second process takes part; it starts in seconds, by when the first may be done."""
+    alone = program.make_banks(TINY, tmp_path / "one", progress=False)
+    shared = program.make_banks(TINY, tmp_path / "two", progress=False, workers=2)
+    for name in PLANS:
+        np.testing.assert_array_equal(open_bank(shared[name]).loss, open_bank(alone[name]).loss)
+    assert not list((tmp_path / "two").rglob("*.partial"))
 
 
 def test_command_line(

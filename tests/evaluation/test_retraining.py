@@ -1,7 +1,8 @@
 """Training by the recipe, against PyTorch's own optimiser, looped and vectorised."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 
 import bayesinf as bi
 from bayesinf._data import Examples
-from bayesinf.evaluation import SGDRecipe, random_subsets, retrain, train_one
+from bayesinf.evaluation import AdamWRecipe, SGDRecipe, random_subsets, retrain, train_one
+from bayesinf.evaluation._problem import Problem, Row
 from bayesinf.evaluation._training import (
     choose_group_size,
     row_seeds,
@@ -47,9 +49,13 @@ def draw(kind: str = "categorical") -> tuple[Tensor, Tensor]:
 
 
 def plain_torch(
-    mask: np.ndarray, seed: int, recipe: SGDRecipe, loss: Callable[..., Tensor], y: Tensor
+    mask: np.ndarray,
+    seed: int,
+    recipe: SGDRecipe | AdamWRecipe,
+    loss: Callable[..., Tensor],
+    y: Tensor,
 ) -> nn.Module:
-    """The same run by torch.optim.SGD and CosineAnnealingLR."""
+    """The same run by torch.optim.SGD or AdamW and their schedulers."""
     x, _ = draw()
     first, second = row_seeds(mask, seed)
     with torch.random.fork_rng():
@@ -57,21 +63,41 @@ def plain_torch(
         model = make_mlp()
     members = torch.from_numpy(np.flatnonzero(mask))
     g = torch.Generator().manual_seed(second)
-    optimiser = torch.optim.SGD(
-        model.parameters(),
-        lr=recipe.lr,
-        momentum=recipe.momentum,
-        weight_decay=recipe.weight_decay,
-    )
     batches = -(-len(members) // recipe.batch_size)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, recipe.epochs * batches)
+    total = recipe.epochs * batches
+    optimiser: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    if isinstance(recipe, SGDRecipe):
+        optimiser = torch.optim.SGD(
+            model.parameters(),
+            lr=recipe.lr,
+            momentum=recipe.momentum,
+            weight_decay=recipe.weight_decay,
+        )
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, total)
+    else:
+        optimiser = torch.optim.AdamW(
+            model.parameters(),
+            lr=recipe.lr,
+            betas=recipe.betas,
+            eps=recipe.eps,
+            weight_decay=recipe.weight_decay,
+        )
+        rises = round(recipe.warmup * total)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimiser,
+            lambda t: (
+                (1.0 if t + 1 >= rises else (t + 1) / rises)
+                * (0.5 + 0.5 * np.cos(np.pi * t / total) if recipe.schedule == "cosine" else 1.0)
+            ),
+        )
     for _ in range(recipe.epochs):
         order = members[torch.randperm(len(members), generator=g)]
         for batch in order.split(recipe.batch_size):
             optimiser.zero_grad()
             loss(model(x[batch]), y[batch]).backward()
             optimiser.step()
-            if recipe.schedule == "cosine":
+            if recipe.schedule == "cosine" or isinstance(recipe, AdamWRecipe):
                 schedule.step()
     return model
 
@@ -86,9 +112,12 @@ def half_square(outputs: Tensor, target: Tensor) -> Tensor:
     [
         RECIPE,
         SGDRecipe(epochs=3, batch_size=5, lr=0.05, momentum=0.5, schedule="constant"),
+        AdamWRecipe(epochs=4, batch_size=5, lr=0.05, betas=(0.8, 0.95), eps=1e-3,
+                    weight_decay=0.3, warmup=0.25),
+        AdamWRecipe(epochs=3, batch_size=4, lr=0.01, schedule="constant"),
     ],
-)
-def test_equal_to_plain_torch(kind: str, recipe: SGDRecipe) -> None:
+)  # fmt: skip
+def test_equal_to_plain_torch(kind: str, recipe: SGDRecipe | AdamWRecipe) -> None:
     x, y = draw(kind)
     likelihood = bi.Categorical() if kind == "categorical" else bi.Gaussian()
     loss = nn.functional.cross_entropy if kind == "categorical" else half_square
@@ -254,6 +283,8 @@ def test_train_looped_uses_only_the_members() -> None:
         ({"seeds": [1, 1]}, ValueError, "distinct integers"),
         ({"seeds": []}, ValueError, "at least one; got \\[\\]"),
         ({"group_size": 0}, ValueError, "group_size must be at least 1"),
+        ({"worker": (2, 2)}, ValueError, "0 ≤ k < K"),
+        ({"worker": (0, 2)}, ValueError, "need a common store="),
         ({"measurements": ("loss", "flops")}, NotImplementedError, "no method 'flops'"),
     ],
 )
@@ -285,6 +316,78 @@ def test_a_diverged_run_is_named() -> None:
 def test_recipe_refusals(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SGDRecipe(**{"epochs": 1, "batch_size": 1, "lr": 0.1, **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"schedule": "step"}, "schedule must be one of"),
+        ({"epochs": 0}, "must be positive"),
+        ({"betas": (0.9, 1.0)}, r"betas must lie in \[0, 1\)"),
+        ({"warmup": 2.0}, r"warmup in \[0, 1\]"),
+        ({"eps": 0.0}, "eps must be positive"),
+        ({"weight_decay": -1.0}, "weight_decay ≥ 0"),
+    ],
+)
+def test_adamw_refusals(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        AdamWRecipe(**{"epochs": 1, "batch_size": 1, "lr": 0.1, **options})
+
+
+def test_a_step_of_adamw_by_hand() -> None:
+    """Two steps written out in NumPy, from gradients that are given."""
+    recipe = AdamWRecipe(1, 1, lr=1.0, betas=(0.7, 0.9), eps=0.01, weight_decay=0.2)
+    w = np.array([0.5, -2.0])
+    parameter = torch.tensor(w, requires_grad=True)
+    step = recipe.optimizer([parameter])
+    m = v = np.zeros(2)
+    for t, (g, rate) in enumerate(((np.array([0.3, -1.0]), 0.1), (np.array([-2.0, 0.4]), 0.05)), 1):
+        step([torch.tensor(g)], rate)
+        m, v = 0.7 * m + 0.3 * g, 0.9 * v + 0.1 * g**2
+        corrected = (m / (1 - 0.7**t)) / (np.sqrt(v / (1 - 0.9**t)) + 0.01)
+        w = (1 - rate * 0.2) * w - rate * corrected
+        np.testing.assert_allclose(parameter.detach(), w, rtol=1e-12)
+
+
+def test_learning_rates_of_adamw() -> None:
+    recipe = AdamWRecipe(epochs=5, batch_size=4, lr=0.2, warmup=0.4)
+    rates = recipe.learning_rates(7)  # 10 steps, 4 of warm-up
+    falling = 0.1 * (1 + np.cos(np.pi * np.arange(10) / 10))
+    np.testing.assert_allclose(rates, falling * np.minimum(1, np.arange(1, 11) / 4), rtol=1e-12)
+    assert recipe.as_dict() == {
+        "optimizer": "adamw", "epochs": 5, "batch_size": 4, "lr": 0.2, "betas": [0.9, 0.999],
+        "eps": 1e-8, "weight_decay": 0.0, "schedule": "cosine", "warmup": 0.4,
+    }  # fmt: skip
+
+
+def test_workers_share_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each row is trained by one of them, whoever comes first, and all return the same bank."""
+    from bayesinf.evaluation import _retraining
+
+    trained: list[tuple[int, Row]] = []
+    real = _retraining._outcomes
+
+    def outcomes(problem: Problem, group: list[Row]) -> Iterator[dict[str, np.ndarray]]:
+        trained.extend((worker, row) for row in group)
+        if worker == 0 and len(trained) == 3:  # the other starts, and overtakes
+            second()
+        yield from real(problem, group)
+
+    def second() -> None:
+        nonlocal worker, other
+        worker = 1
+        other = bank(store=tmp_path / "rows", group_size=1, worker=(1, 2))
+        worker = 0
+
+    worker, other = 0, None
+    monkeypatch.setattr(_retraining, "_outcomes", outcomes)
+    first = bank(store=tmp_path / "rows", group_size=1, worker=(0, 2))
+    xr.testing.assert_identical(first, other)
+    np.testing.assert_array_equal(first["loss"], bank(group_size=1)["loss"])
+    rows = [row for w, row in trained[:11]]
+    assert len(set(rows)) == 10  # all; only the one in hand at the time is done twice
+    assert rows[:4] == [(0, 0), (1, 0), (2, 0), (0, 1)]
+    assert [w for w, _ in trained[:11]] == [0, 0, 0, *[1] * 8]
 
 
 def test_train_one_refuses_a_wrong_mask() -> None:
