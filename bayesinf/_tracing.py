@@ -8,6 +8,7 @@ list holds for the shapes it was recorded at.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -62,7 +63,9 @@ def record(
     RuntimeError
         If a shape depends on values (a selection by a mask, say): a replay would not follow it.
     """
-    module = make_fx(vmap(function, in_dims=in_dims))(*inputs)
+    with warnings.catch_warnings():  # operations that run chain by chain, as fused attention does
+        warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
+        module = make_fx(vmap(function, in_dims=in_dims))(*inputs)
     for node in module.graph.nodes:
         if _depends_on_values(node):
             raise RuntimeError(f"the shape of {node.target}'s result depends on its input's values")
