@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["BatchSums", "Estimates", "estimate"]
+__all__ = ["BatchSums", "Estimates", "degrees_of_freedom", "estimate"]
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def estimate(sums: BatchSums, center: str, correlation: bool, replicates: bool) 
         _deleted(s, product, center, correlation) if replicates else value[None][:0],
         _halves(s, center, correlation) if replicates else value[None][:0],
         length / total,
-        _freedom(length),
+        degrees_of_freedom(length),
     )
 
 
@@ -138,7 +138,7 @@ def _of_chain_means(s: BatchSums) -> np.ndarray:
     return out
 
 
-def _freedom(length: np.ndarray) -> float:
+def degrees_of_freedom(length: np.ndarray) -> float:
     """Satterthwaite's degrees of freedom of ``Σ_b (P_b − L_b V)²`` with independent batches."""
     total, second = length.sum(), (length**2).sum()
     trace = total - second / total

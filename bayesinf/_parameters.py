@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Selection", "choose"]
+__all__ = ["FlatView", "choose"]
 
 
 @dataclass(frozen=True)
-class Selection:
+class FlatView:
     """Parameters at the checkpoint, and which of their entries make up a vector ``(d,)``.
 
     Parameters
@@ -77,10 +77,10 @@ class Selection:
             digest.update(where.cpu().numpy().data)
         return digest.hexdigest()[:16]
 
-    def moved(self, values: dict[str, Tensor]) -> Selection:
+    def moved(self, values: dict[str, Tensor]) -> FlatView:
         """Return the same entries of other values, on their device."""
         entries = {name: where.to(values[name].device) for name, where in self.entries.items()}
-        return Selection(values, entries)
+        return FlatView(values, entries)
 
 
 def choose(

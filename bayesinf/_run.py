@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -67,9 +68,14 @@ class Run:
 
     def _default_bound(self) -> float:
         p = self.plan.posterior
-        start = float(self._observe(self.potential.center[None], once=True)["train/loss"].mean())
         spread = p.task.dimension / (2 * p.n_beta) if p.n_beta else float("inf")
-        return start + 10 * (1 + spread)
+        return self._loss_at_checkpoint + 10 * (1 + spread)
+
+    @cached_property
+    def _loss_at_checkpoint(self) -> float:
+        """Mean over the observed train examples."""
+        values = self._observe(self.potential.center[None], once=True)
+        return float(values["train/loss"].mean(dtype=np.float64))
 
     # ------------------------------------------------------------------ the run
 
@@ -125,6 +131,7 @@ class Run:
             self.checks = {
                 "excess_temperature": excess,
                 "swallowed_perturbations": swallowed(task, position[alive]),
+                "loss_at_checkpoint": self._loss_at_checkpoint,
             }
         warn_of_noise(self.checks["excess_temperature"], self.max_excess, stacklevel=4)
         warn_of_rounding(self.checks["swallowed_perturbations"], task, stacklevel=4)

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from bayesinf._checkpoint import Checkpoint, frozen_copy, load_into
 from bayesinf._data import Batch, Examples
 from bayesinf._likelihoods import Likelihood, require
-from bayesinf._parameters import Selection, choose
+from bayesinf._parameters import FlatView, choose
 
 __all__ = ["Measurement", "Task", "measurement_name"]
 
@@ -130,17 +130,17 @@ class Task:
         own = dict(self.module.named_parameters())
         values = {name: own[name].detach().to(self.dtype) for name in chosen}
         entries = {name: where for name, where in chosen.items() if where is not None}
-        self._selection = Selection(values, entries).moved(values)
+        self._view = FlatView(values, entries).moved(values)
 
     @property
     def params(self) -> dict[str, Tensor]:
         """The selected weights at the checkpoint."""
-        return self._selection.values
+        return self._view.values
 
     @property
     def dimension(self) -> int:
         """Number of selected parameters, or entries of them."""
-        return sum(self._selection.sizes)
+        return sum(self._view.sizes)
 
     @property
     def n(self) -> int:
@@ -189,7 +189,7 @@ class Task:
 
     def flatten(self, params: dict[str, Tensor]) -> Tensor:
         """Concatenate the selected entries to ``(..., d)``; leading dimensions are kept."""
-        return self._selection.flatten(params)
+        return self._view.flatten(params)
 
     def unflatten(self, flat: Tensor) -> dict[str, Tensor]:
         """Weights ``(..., d)`` as named parameters with the same leading dimensions.
@@ -197,7 +197,7 @@ class Task:
         Views of whole parameters; of one that a mask selects in part, the other entries are as at
         the checkpoint.
         """
-        return self._selection.unflatten(flat)
+        return self._view.unflatten(flat)
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -269,11 +269,11 @@ class Task:
         return other
 
     def _chosen(self) -> dict[str, Tensor | None]:
-        return {name: self._selection.entries.get(name) for name in self.params}
+        return {name: self._view.entries.get(name) for name in self.params}
 
     def require_whole_parameters(self, what: str) -> None:
         """Raise ``ValueError`` where a mask selects a part of a parameter."""
-        parts = list(self._selection.entries)
+        parts = list(self._view.entries)
         if parts:
             raise ValueError(
                 f"{what} needs whole parameters, and masks select parts of {parts[:4]}"
@@ -304,7 +304,7 @@ class Task:
             )
         return {
             "checkpoint": digest.hexdigest()[:16],
-            "parameters": self._selection.digest(),
+            "parameters": self._view.digest(),
             "likelihood": _without_addresses(self.likelihood),
             "train": self.train.fingerprint(),
             "query": self.query.fingerprint(),

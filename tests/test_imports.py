@@ -80,6 +80,7 @@ TORCHLESS = [
     "bayesinf._diagnostics",
     "bayesinf._accuracy",
     "bayesinf._scores",
+    "bayesinf._learning_coefficient",
     "bayesinf.attribution._bif",
     "bayesinf.attribution._group_influence",
     "bayesinf.attribution._top_k",
