@@ -3,5 +3,15 @@
 from bayesinf.plots._calibration import plot_calibration
 from bayesinf.plots._gaps import plot_response_gaps
 from bayesinf.plots._lds import plot_lds, plot_lds_time
+from bayesinf.plots._token_figure import token_figure
+from bayesinf.plots._token_page import TokenPage, token_influence
 
-__all__ = ["plot_calibration", "plot_lds", "plot_lds_time", "plot_response_gaps"]
+__all__ = [
+    "TokenPage",
+    "plot_calibration",
+    "plot_lds",
+    "plot_lds_time",
+    "plot_response_gaps",
+    "token_figure",
+    "token_influence",
+]
