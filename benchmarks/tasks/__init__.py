@@ -1,13 +1,20 @@
 """The benchmark tasks, one a file, behind one interface."""
 
-from benchmarks.tasks import diabetes_mlp, digits_cnn, digits_mlp, mnist_mlp, pydoc_gpt
+from benchmarks.tasks import (
+    diabetes_mlp,
+    digits_cnn,
+    digits_mlp,
+    mnist_mlp,
+    pydoc_gpt,
+    wikitext2_gpt2,
+)
 from benchmarks.tasks._task import BANKS, GROUND_TRUTH, BankPlan, BenchmarkTask
 
 __all__ = ["BANKS", "GROUND_TRUTH", "TASKS", "BankPlan", "BenchmarkTask", "get_task"]
 
 TASKS: dict[str, BenchmarkTask] = {
     module.TASK.name: module.TASK
-    for module in (digits_mlp, digits_cnn, diabetes_mlp, mnist_mlp, pydoc_gpt)
+    for module in (digits_mlp, digits_cnn, diabetes_mlp, mnist_mlp, pydoc_gpt, wikitext2_gpt2)
 }
 
 

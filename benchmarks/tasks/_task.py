@@ -64,6 +64,8 @@ class BenchmarkTask:
         Seed of the checkpoint.
     banks
         Subsets and seeds of its ground truth.
+    fisher
+        How curvatures are fitted; ``"sampled"`` where a loss has too many outputs to enumerate.
     """
 
     name: str
@@ -73,6 +75,7 @@ class BenchmarkTask:
     recipe: Recipe
     seed: int = 0
     banks: Mapping[str, BankPlan] = field(default_factory=lambda: BANKS)
+    fisher: Literal["enumerated", "sampled"] = "enumerated"
 
     def checkpoint(self) -> nn.Module:
         """Train the network that is attributed, on all the data: deterministic, takes seconds."""

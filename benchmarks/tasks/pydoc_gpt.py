@@ -84,4 +84,5 @@ TASK = BenchmarkTask(
         "evaluation": BankPlan(subsets=64, subset_seed=1, seeds=(100, 101, 102, 103)),
         "tuning": BankPlan(subsets=24, subset_seed=2, seeds=(200, 201)),
     },
+    fisher="sampled",
 )
