@@ -17,8 +17,8 @@ from torch import Tensor
 
 __all__ = ["Head", "blockwise_losses"]
 
-_BLOCK = 2**23
-"""Logits that exist at a time: 32 MiB in float32."""
+_BLOCK = 1 << 22
+"""Logits that exist at a time: 16 MiB in float32."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,8 +39,8 @@ class Head:
     weight: Tensor
     bias: Tensor | None = None
 
-    def logits(self) -> Tensor:
-        """All of them, ``(B, T, V)``."""
+    def all_logits(self) -> Tensor:
+        """The logits ``(B, T, V)``."""
         return F.linear(self.hidden, self.weight, self.bias)
 
 

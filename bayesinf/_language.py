@@ -9,6 +9,9 @@ Shapes, used throughout this module (``B`` sequences, ``T`` positions, ``V`` voc
 * a token is **counted** when it has a predecessor (``t ≥ 1``) and is not ignored. Token losses
   stand at the position of the token that is predicted: entry ``t`` is ``−log p(y_t | y_<t)``, and
   0 where ``t`` is not counted.
+
+In place of logits, a :class:`~bayesinf._head.Head` is taken too; of it, losses are computed a block
+of tokens at a time.
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from bayesinf._head import Head, blockwise_losses
 
 __all__ = ["CausalLM"]
 
@@ -49,8 +54,9 @@ class CausalLM:
 
     ignore_index: int = -100
 
-    def check(self, outputs: Tensor, target: Tensor) -> None:
+    def check(self, outputs: Tensor | Head, target: Tensor) -> None:
         """Raise ``ValueError`` if outputs and target do not fit this likelihood."""
+        outputs = _logits(outputs)
         if outputs.ndim != 3 or target.shape != outputs.shape[:2] or _is_not_integer(target):
             raise ValueError(
                 f"CausalLM expects logits (B, T, V) and integer targets (B, T); got outputs "
@@ -85,28 +91,36 @@ class CausalLM:
         mask[:, 0] = False
         return mask
 
-    def token_losses(self, outputs: Tensor, target: Tensor) -> Tensor:
+    def token_losses(self, outputs: Tensor | Head, target: Tensor) -> Tensor:
         """Loss of each token ``(B, T)``, 0 where it is not counted.
 
         Written as ``log Σ_v exp(f_v − f_y)``, which keeps the relative precision of small losses;
         half precision is raised to float32 first.
         """
+        if isinstance(outputs, Head):
+            counted = self.token_mask(target)[:, 1:]
+            hidden = outputs.hidden[:, :-1].masked_fill(~counted.unsqueeze(2), 0)
+            head = Head(hidden, outputs.weight, outputs.bias)
+            losses = blockwise_losses(head, target[:, 1:].masked_fill(~counted, 0))
+            return F.pad(losses.masked_fill(~counted, 0), (1, 0))
         f, label, counted = self._predictions(outputs, target)
         gap = (f - f.gather(2, label)).masked_fill_(~counted.unsqueeze(2), 0)
         return F.pad(gap.logsumexp(2).masked_fill(~counted, 0), (1, 0))
 
-    def loss(self, outputs: Tensor, target: Tensor) -> Tensor:
+    def loss(self, outputs: Tensor | Head, target: Tensor) -> Tensor:
         """Loss of each sequence ``(B,)``, summed over its counted tokens.
 
         By one fused cross-entropy over all positions, the last of which predicts nothing.
         """
+        if isinstance(outputs, Head):
+            return self.token_losses(outputs, target).sum(1)
         counted = F.pad(self.token_mask(target)[:, 1:], (0, 1))
         label = F.pad(target[:, 1:], (0, 1)).masked_fill(~counted, -100)
         f = _precise(outputs).masked_fill(~counted.unsqueeze(2), 0)
         losses = F.cross_entropy(f.flatten(0, 1), label.flatten(), reduction="none")
         return losses.view(target.shape).sum(1)
 
-    def margin(self, outputs: Tensor, target: Tensor) -> Tensor:
+    def margin(self, outputs: Tensor | Head, target: Tensor) -> Tensor:
         """Log-odds of the tokens, ``log p/(1−p)``, summed over counted ones (TRAK, Park 2023)."""
         f, label, counted = self._predictions(outputs, target)
         f = f.masked_fill(~counted.unsqueeze(2), 0)
@@ -114,24 +128,24 @@ class CausalLM:
         odds = f.gather(2, label).squeeze(2) - others
         return odds.masked_fill(~counted, 0).sum(1)
 
-    def sample(self, outputs: Tensor, target: Tensor, generator: torch.Generator) -> Tensor:
+    def sample(self, outputs: Tensor | Head, target: Tensor, generator: torch.Generator) -> Tensor:
         """Draw counted tokens, each given the **true** tokens before it; the others stay.
 
         Random numbers are used for counted tokens only: padding does not change what is drawn.
         """
-        counted = self.token_mask(target)
+        counted, outputs = self.token_mask(target), _logits(outputs)
         probs = _precise(outputs[:, :-1])[counted[:, 1:]].softmax(-1)
         drawn = target.clone()
         drawn[counted] = torch.multinomial(probs, 1, generator=generator).squeeze(1)
         return drawn
 
-    def fisher_factor(self, outputs: Tensor, target: Tensor) -> Tensor:
+    def fisher_factor(self, outputs: Tensor | Head, target: Tensor) -> Tensor:
         r"""Rows ``√p_v (e_v − p)`` ``(K, B, T, V)``, one per vocabulary entry and position.
 
         ``K = V ·`` the number of positions that count in any of the sequences, so that only small
         models can afford it; rows of a sequence that does not count a position are 0.
         """
-        counted = self.token_mask(target)[:, 1:]
+        counted, outputs = self.token_mask(target)[:, 1:], _logits(outputs)
         p = _precise(outputs[:, :-1]).softmax(2)
         vocabulary, positions = p.shape[2], counted.any(0).nonzero().flatten().tolist()
         eye = torch.eye(vocabulary, dtype=p.dtype, device=p.device)
@@ -141,7 +155,7 @@ class CausalLM:
             rows[k, :, :, t] = root.T.unsqueeze(2) * (eye.unsqueeze(1) - p[:, t])
         return rows.flatten(0, 1).to(outputs.dtype)
 
-    def bregman(self, outputs: Tensor, reference: Tensor, target: Tensor) -> Tensor:
+    def bregman(self, outputs: Tensor | Head, reference: Tensor | Head, target: Tensor) -> Tensor:
         """Bregman divergence in the outputs: Σ over counted tokens of KL(p_reference ‖ p)."""
         f, _, counted = self._predictions(outputs, target)
         r, _, _ = self._predictions(reference, target)
@@ -150,15 +164,19 @@ class CausalLM:
         log_r = r.masked_fill(ignored, 0).log_softmax(2)
         return (log_r.exp() * (log_r - log_p)).sum((1, 2))
 
-    def _predictions(self, outputs: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _predictions(self, outputs: Tensor | Head, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits ``(B, T−1, V)``, the ids ``(B, T−1, 1)`` they predict, and which of them count."""
         counted = self.token_mask(target)[:, 1:]
         label = target[:, 1:].masked_fill(~counted, 0)
-        return _precise(outputs[:, :-1]), label.unsqueeze(2), counted
+        return _precise(_logits(outputs)[:, :-1]), label.unsqueeze(2), counted
 
 
 def _is_not_integer(target: Tensor) -> bool:
     return target.is_floating_point() or target.is_complex() or target.dtype == torch.bool
+
+
+def _logits(outputs: Tensor | Head) -> Tensor:
+    return outputs.all_logits() if isinstance(outputs, Head) else outputs
 
 
 def _precise(outputs: Tensor) -> Tensor:

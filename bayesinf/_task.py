@@ -153,8 +153,12 @@ class Task:
 
     # ------------------------------------------------------------------ functional view
 
-    def outputs(self, params: dict[str, Tensor], batch: Batch) -> Any:
-        """Network outputs at ``params`` (a subset of the module's parameters) for a batch."""
+    def outputs(self, params: dict[str, Tensor], batch: Batch, *, head: bool = False) -> Any:
+        """Network outputs at ``params`` (a subset of the module's parameters) for a batch.
+
+        With ``head``, a network that has a chunked head gives what its logits are made of, for
+        likelihoods that do without them.
+        """
         inputs = batch[0]
         if self.module_dtype != self.dtype:
             inputs = tree_map(self._lower, inputs)
@@ -165,6 +169,8 @@ class Task:
             kwargs = inputs
         else:
             args = inputs if isinstance(inputs, tuple) else (inputs,)
+        if head and getattr(self.module, "chunked_head", False):
+            kwargs = {**kwargs, "return_head": True}
         out = functional_call(self.module, params, args, kwargs)
         out = out if isinstance(out, Tensor) else getattr(out, "logits", out)
         half = self.module_dtype != self.dtype and isinstance(out, Tensor)
@@ -176,14 +182,14 @@ class Task:
 
     def losses(self, params: dict[str, Tensor], batch: Batch) -> Tensor:
         """Per-example losses ``ℓ_i(params)``, shape ``(B,)``."""
-        return self.likelihood.loss(self.outputs(params, batch), batch[1])
+        return self.likelihood.loss(self.outputs(params, batch, head=True), batch[1])
 
     def measure(self, measurement: Measurement, params: dict[str, Tensor], batch: Batch) -> Tensor:
         """Per-example values ``(B,)`` of a measurement: ``"loss"``, ``"margin"``, or a function."""
         if callable(measurement):
             return measurement(self, params, batch)
         method = require(self.likelihood, measurement, f"the measurement {measurement!r}")
-        return method(self.outputs(params, batch), batch[1])
+        return method(self.outputs(params, batch, head=True), batch[1])
 
     # ------------------------------------------------------------------ flat view
 
@@ -327,7 +333,7 @@ class Task:
                     check(outputs, batch[1])
                     if data.held:
                         check(outputs[:1].expand(len(data), *outputs.shape[1:]), data.batch()[1])
-                losses = self.likelihood.loss(outputs, batch[1])
+                losses = self.losses(self.params, batch)
                 again = self.losses(self.params, data.batch(index))
             if [leaf._version for leaf in inputs] != versions:
                 raise ValueError(

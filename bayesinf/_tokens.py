@@ -21,7 +21,7 @@ _BATCH = 1024
 def token_losses(task: Task, params: dict[str, Tensor], batch: Batch) -> Tensor:
     """Losses of all tokens of a batch, ``(B·T,)``, 0 where a token does not count."""
     part = require(task.likelihood, "token_losses", "losses of tokens")
-    losses: Tensor = part(task.outputs(params, batch), batch[1])
+    losses: Tensor = part(task.outputs(params, batch, head=True), batch[1])
     return losses.flatten()
 
 

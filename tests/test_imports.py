@@ -96,20 +96,22 @@ def test_what_reads_traces_knows_no_torch(name):
 
 
 LAYERS = {  # what a module may need of the package, at most
-    "bayesinf._language": set(),
-    "bayesinf._likelihoods": {"_language"},
+    "bayesinf._head": set(),
+    "bayesinf._language": {"_head"},
+    "bayesinf._likelihoods": {"_language", "_head"},
     "bayesinf._data": set(),
     "bayesinf._tracing": set(),
     "bayesinf._rng": set(),
     "bayesinf._parameters": set(),
     "bayesinf._checkpoint": set(),
-    "bayesinf._task": {"_data", "_likelihoods", "_language", "_parameters", "_checkpoint"},
+    "bayesinf._task": {"_data", "_likelihoods", "_language", "_head", "_parameters", "_checkpoint"},
     "bayesinf._gradients": {
-        "_task", "_data", "_likelihoods", "_language", "_parameters", "_checkpoint", "_tracing",
+        "_task", "_data", "_likelihoods", "_language", "_head", "_parameters", "_checkpoint",
+        "_tracing",
     },
     "bayesinf._posterior": {
-        "_task", "_data", "_likelihoods", "_language", "_parameters", "_checkpoint", "_gradients",
-        "_tracing",
+        "_task", "_data", "_likelihoods", "_language", "_head", "_parameters", "_checkpoint",
+        "_gradients", "_tracing",
     },
 }  # fmt: skip
 

@@ -299,3 +299,49 @@ def test_wrapping_leaves_a_model_as_it_is():
     LanguageModel(model, chunked_head=True)
     assert {name: m.training for name, m in model.named_modules()} == before
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+# ------------------------------------------------------------------ a chunked head
+
+
+@pytest.mark.parametrize("name", ["gpt2", "neox", "lora"])
+def test_a_chunked_head_changes_no_loss_and_no_gradient(name, rng, monkeypatch):
+    """Tied weights, weights apart, a frozen head; classical methods see the logits all the same."""
+    monkeypatch.setattr("bayesinf._head._BLOCK", 20 * VOCABULARY)
+    plain = task(name, rng, torch.float64)
+    data = padded(sequences(rng.manual_seed(0)), "left")
+    chunked = bi.Task(
+        LanguageModel(plain.module.model, chunked_head=True), LM, train=data, query=data,
+        parameters=list(plain.params),
+    )  # fmt: skip
+    assert torch.equal(plain.train.batch()[1], chunked.train.batch()[1])
+    w = plain.flatten(plain.params)
+    w = w + 0.1 * torch.randn(2, len(w), generator=rng, dtype=w.dtype)
+    expected = ChainFunctions(plain, False)
+    expected = [
+        *expected.loss_grad(w, plain.train.batch(), shared=True),
+        *expected.observe(w, plain.train.batch(), ["token_losses"]),
+    ]
+    for vectorize in (True, False):
+        functions = ChainFunctions(chunked, vectorize)
+        got = [
+            *functions.loss_grad(w, plain.train.batch(), shared=True),
+            *functions.observe(w, plain.train.batch(), ["token_losses"]),
+        ]
+        for one, other in zip(got, expected, strict=True):
+            close(one, other, 1e-6)
+    options = {"fisher": "empirical", "damping": 0.1}
+    exact.close(bi.ekfac(chunked, **options).influence, bi.ekfac(plain, **options).influence, 1e-9)
+
+
+def test_heads_that_cannot_be_chunked_are_refused():
+    sizes = {**SIZES, "num_hidden_layers": 1, "num_key_value_heads": 2}
+    capped = transformers.Gemma2Config(**sizes, head_dim=8, attn_implementation="eager")
+    scaled = transformers.GraniteConfig(**sizes, logits_scaling=2.0)
+    for model in (
+        transformers.Gemma2ForCausalLM(capped),
+        transformers.GraniteForCausalLM(scaled),
+    ):
+        LanguageModel(model)
+        with pytest.raises(ValueError, match="chunked_head=True needs logits that are a linear"):
+            LanguageModel(model, chunked_head=True)

@@ -105,7 +105,7 @@ class LanguageModel(nn.Module):
             with torch.no_grad(), _eval(self):
                 found = self(ids, return_head=True)
                 assert isinstance(found, Head)
-                linear = _close(found.logits(), self(ids))
+                linear = _close(found.all_logits(), self(ids))
         if not linear:
             raise ValueError(
                 f"chunked_head=True needs logits that are a linear map of the last hidden states; "
