@@ -4,7 +4,8 @@ One query and 200 training sequences of 128 tokens, two methods, one of them wit
 every token and sum. Text is Python's own help; the scores are made up (products of random vectors
 of the words and their neighbours, with noise), as their values do not matter here, only how many
 they are. The page is opened from a file in headless Chromium with the network off, five times, each
-in a fresh browser context; the clock runs from navigation until the page has drawn itself.
+in a fresh browser context; the clock runs from navigation until the page has drawn itself. Where
+other programs crowd the machine the clock says little: the processor seconds beside it tell.
 
 The exit status is 1 when a bar is missed.
 """
@@ -72,8 +73,21 @@ def made_up_scores(
     return methods, {"BIF": _sums(methods["BIF"])}
 
 
-def load_seconds(page: Path, repeats: int = REPEATS) -> list[float]:
-    """Open a page from its file in headless Chromium, off line, and wait until it is drawn."""
+def load_seconds(page: Path, repeats: int = REPEATS) -> list[tuple[float, float]]:
+    """Open a page from its file in headless Chromium, off line, and wait until it is drawn.
+
+    Parameters
+    ----------
+    page
+        The file.
+    repeats
+        How often, each time in a fresh context.
+
+    Returns
+    -------
+    list of (float, float)
+        Seconds by the clock, and processor seconds of the page's main thread.
+    """
     from playwright.sync_api import sync_playwright
 
     seconds = []
@@ -85,11 +99,16 @@ def load_seconds(page: Path, repeats: int = REPEATS) -> list[float]:
         for _ in range(repeats):
             context = browser.new_context(offline=True)
             tab = context.new_page()
+            meter = context.new_cdp_session(tab)
+            meter.send("Performance.enable", {"timeDomain": "threadTicks"})
             began = time.perf_counter()
             tab.goto(page.as_uri())
             tab.wait_for_selector("html[data-ready]")
             tab.evaluate("new Promise(done => requestAnimationFrame(() => setTimeout(done)))")
-            seconds.append(time.perf_counter() - began)
+            wall = time.perf_counter() - began
+            metrics = meter.send("Performance.getMetrics")["metrics"]
+            busy = next(m["value"] for m in metrics if m["name"] == "TaskDuration")
+            seconds.append((wall, busy))
             context.close()
         browser.close()
     return seconds
@@ -109,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         file = page.save(options.out or Path(folder) / "page.html").resolve()
         size = file.stat().st_size
-        load = statistics.median(load_seconds(file))
+        load, busy = (statistics.median(times) for times in zip(*load_seconds(file), strict=True))
     rows = [
         ("making the page, s", f"{made:.2f}", "", ""),
         ("size, MB", f"{size / 1e6:.2f}", f"{SIZE_BAR / 1e6:g}", verdict(size < SIZE_BAR)),
@@ -119,6 +138,7 @@ def main(argv: list[str] | None = None) -> int:
             f"{LOAD_BAR:g}",
             verdict(load < LOAD_BAR),
         ),
+        ("  processor seconds of it", f"{busy:.2f}", "", ""),
     ]
     print(format_table(("token page", "measured", "bar", ""), rows))
     return int(size >= SIZE_BAR or load >= LOAD_BAR)
