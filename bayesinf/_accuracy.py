@@ -22,7 +22,14 @@ from bayesinf._store import Store, covariance_of
 from bayesinf._streaming import StreamingCovariance
 from bayesinf._traces import TraceStore
 
-__all__ = ["MonteCarloWarning", "Until", "Watch", "draws_needed", "relative_mcse"]
+__all__ = [
+    "MonteCarloWarning",
+    "Until",
+    "Watch",
+    "draws_needed",
+    "median_relative",
+    "relative_mcse",
+]
 
 _GROWTH = 1.25
 _FEWEST = 8
@@ -38,7 +45,11 @@ def relative_mcse(value: np.ndarray, mcse: np.ndarray) -> float:
 
     Rows that do not vary are left out; infinite where none does.
     """
-    signal, noise = value.var(axis=1), np.square(mcse).mean(axis=1)
+    return median_relative(value.var(axis=1), np.square(mcse).mean(axis=1))
+
+
+def median_relative(signal: np.ndarray, noise: np.ndarray) -> float:
+    """The same from the variance of each row's values and the mean of its squared errors."""
     varies = signal > 0
     if not varies.any():
         return math.inf
@@ -115,10 +126,10 @@ class Until:
             return True
         if self.mcse is None or store.draws < _FEWEST:
             return False
+        result = covariance_of(store, self.measurement)
+        precise = relative_mcse(result.value, result.mcse) <= self.mcse
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FailedChainsWarning)  # the driver names them
-            result = covariance_of(store, self.measurement)
-            precise = relative_mcse(result.value, result.mcse) <= self.mcse
             assert isinstance(store, (TraceStore, StreamingCovariance))  # or it had been refused
             return precise and bool(diagnose(store, max_examples=_DIAGNOSED).attrs["ok"])
 

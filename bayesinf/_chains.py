@@ -60,7 +60,23 @@ class ChainRecord(ABC):
             where = "in memory" if self.path is None else f"at {os.fspath(self.path)!r}"
             raise StoreError(differences(self.config, config, where))
 
-    def _warn_of_failures(self, stacklevel: int) -> None:
+    def refuse_tokens(self, group: str, measurement: str = "loss") -> None:
+        """Raise ``KeyError``: values of tokens are wanted that were not recorded."""
+        if measurement != "loss":
+            raise KeyError(
+                f"{measurement!r} of {group!r} is one number an example; only losses are recorded "
+                f"token by token. Leave tokens= out."
+            )
+        held = self.config.get("tokens")
+        wanted = "both" if held else group
+        raise KeyError(
+            f"losses of {group} tokens were not recorded; this store has "
+            f"{'those of ' + held + ' tokens' if held else 'one loss an example'}. Record them: "
+            f"sample(..., tokens={wanted!r})."
+        )
+
+    def warn_of_failures(self, stacklevel: int) -> None:
+        """Warn where chains failed, by number."""
         if self.failed:
             warnings.warn(
                 f"chains {sorted(self.failed)} diverged and are left out; {len(self.healthy)} of "

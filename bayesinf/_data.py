@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.data import Dataset, default_collate
 
-__all__ = ["Batch", "Examples", "resolve_ids"]
+__all__ = ["Batch", "Examples", "resolve_ids", "trimmed"]
 
 Batch = tuple[Any, Any]
 
@@ -42,6 +42,22 @@ def resolve_ids(ids: Sequence[Any] | np.ndarray | None, n: int, name: str) -> np
             f"Scores and stores are labelled by these ids."
         )
     return array.astype(np.int64) if array.dtype.kind in "iu" else array
+
+
+def trimmed(batch: Batch, length: int | None) -> Batch:
+    """Cut what has a position for each in ``attention_mask (B, T)`` to ``length``; None: nothing.
+
+    The target is cut where it has one, too.
+    """
+    if length is None:
+        return batch
+    inputs, target = batch
+    positions = inputs["attention_mask"].shape[1]
+
+    def cut(leaf: Tensor) -> Tensor:
+        return leaf[:, :length] if leaf.ndim > 1 and leaf.shape[1] == positions else leaf
+
+    return {name: cut(leaf) for name, leaf in inputs.items()}, cut(target)
 
 
 class Examples:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xarray as xr
 
+from bayesinf._axes import Selection
 from bayesinf._stream_diagnostics import segment_statistics
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ def diagnose(
             f"diagnostics need at least 4 draws per chain; this store has {traces.draws}. Call "
             f"sample() again with more draws and the same store."
         )
+    traces.warn_of_failures(stacklevel=2)
     for group in ("train", "query"):
         ids = traces.ids(group)
         pick = np.arange(len(ids))
@@ -117,7 +119,7 @@ def _table(
     """Statistics of some examples, from draws where there are draws."""
     if hasattr(traces, "segments"):
         return segment_statistics(traces.segments(group, pick), traces.superchains)
-    return _statistics(traces.values(group).values[:, :, pick], traces.superchains)
+    return _statistics(traces.read(group, "loss", Selection(pick=pick)), traces.superchains)
 
 
 def _statistics(values: np.ndarray, superchains: np.ndarray) -> dict[str, np.ndarray]:

@@ -6,16 +6,18 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from bayesinf._axes import Axis
 from bayesinf._batching import Batches, normalise
 from bayesinf._posterior import LocalPosterior
 from bayesinf._task import Measurement
+from bayesinf._tokens import counted_tokens
 from bayesinf.samplers import Sampler
 from bayesinf.samplers._preconditioner import push, summary
 
@@ -37,6 +39,9 @@ class Plan:
     jitter: float
     observed: dict[str, np.ndarray]
     measurements: dict[str, dict[str, Measurement]]
+    tokens: str | None = None
+    token_axes: dict[str, Axis] = field(default_factory=dict)
+    token_masks: dict[str, list[np.ndarray]] = field(default_factory=dict)
 
     @classmethod
     def make(
@@ -53,6 +58,7 @@ class Plan:
         jitter: float,
         observe: Mapping[str, Sequence[Any] | None] | None,
         measurements: Sequence[str] | Mapping[str, Measurement],
+        tokens: str | None = None,
     ) -> Plan:
         least = (
             ("draws", draws, 1),
@@ -97,9 +103,12 @@ class Plan:
                 f"decision or a draw made from a part of the examples has another law than the "
                 f"posterior. Leave batch_size out, or use a kernel such as SGLD or Underdamped."
             )
+        wanted: dict[str, dict[str, Measurement]]
+        wanted = {"train": {"loss": "loss"}, "query": {"loss": "loss", **named}}
+        axes, masks = _tokens(tokens, posterior, observed, wanted["query"])
         return cls(
             posterior, sampler, warmup, chains, thin, batches, seed, groups, float(jitter),
-            observed, {"train": {"loss": "loss"}, "query": {"loss": "loss", **named}},
+            observed, wanted, tokens, axes, masks,
         )  # fmt: skip
 
     def spread(self, noise: Tensor) -> Tensor:
@@ -113,6 +122,10 @@ class Plan:
 
     def ids(self, group: str) -> np.ndarray:
         return self.posterior.task.examples(group).ids[self.observed[group]]
+
+    def axis(self, group: str) -> Axis:
+        """What is recorded of a group's losses: of examples, or of their tokens."""
+        return self.token_axes.get(group) or Axis(group, self.ids(group))
 
     def chunks(self, group: str, limit: int) -> Sequence[Tensor | slice]:
         """Positions of the observed examples, up to ``limit`` at a time.
@@ -146,8 +159,34 @@ class Plan:
                 for g, m in self.measurements.items()
             },
         }
+        if self.tokens is not None:
+            config["tokens"] = self.tokens
         plain: dict[str, Any] = json.loads(json.dumps(config, default=lambda number: number.item()))
         return plain
+
+
+def _tokens(
+    tokens: str | None,
+    posterior: LocalPosterior,
+    observed: Mapping[str, np.ndarray],
+    of_queries: Mapping[str, Measurement],
+) -> tuple[dict[str, Axis], dict[str, list[np.ndarray]]]:
+    """Axes and masks of the groups whose losses are recorded token by token."""
+    if tokens not in (None, "train", "query", "both"):
+        raise ValueError(f"tokens must be None, 'train', 'query' or 'both'; got {tokens!r}.")
+    if tokens in ("query", "both") and of_queries["loss"] != "loss":
+        raise ValueError(
+            f"tokens={tokens!r} records the likelihood's losses of query tokens under the name "
+            f"'loss', which measurements= gives to a function. Call it otherwise."
+        )
+    found = {
+        group: counted_tokens(posterior.task, group, observed[group])
+        for group in ("train", "query")
+        if tokens in (group, "both")
+    }
+    return {g: axis for g, (axis, _) in found.items()}, {
+        g: masks for g, (_, masks) in found.items()
+    }
 
 
 def _kernel(sampler: Sampler) -> dict[str, Any]:

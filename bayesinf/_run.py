@@ -19,6 +19,7 @@ from bayesinf._diagnostics import rhat_of_means
 from bayesinf._disk import StoreError
 from bayesinf._gradient_noise import excess_temperature, warn_of_noise
 from bayesinf._gradients import ChainFunctions
+from bayesinf._observing import Observer, fitting
 from bayesinf._plan import Plan
 from bayesinf._posterior import Potential
 from bayesinf._precision import swallowed, warn_of_rounding
@@ -50,9 +51,11 @@ class Run:
         self.max_excess = max_excess
         self.plan, self.potential, self.traces = plan, potential, traces
         self.functions = potential.functions
-        self.chunks = {group: plan.chunks(group, potential.chunk) for group in plan.observed}
         self.drop = on_divergence == "drop"
         task = plan.posterior.task
+        at_once = plan.chains if self.functions.vectorize else 1
+        limit = fitting(task, potential.chunk, at_once)
+        self.observers = {group: Observer(plan, group, limit) for group in plan.observed}
         self.rng = ChainGenerators(plan.seed, plan.chains, task.device)
         self.batching = Batching(plan.batches, potential, plan.seed, plan.chains)
         self.checks: dict[str, Any] = dict(traces.commit_facts.get("checks", {}))
@@ -75,7 +78,7 @@ class Run:
     def _loss_at_checkpoint(self) -> float:
         """Mean over the observed train examples."""
         values = self._observe(self.potential.center[None], once=True)
-        return float(values["train/loss"].mean(dtype=np.float64))
+        return float(self._train_losses(values).mean(dtype=np.float64))
 
     # ------------------------------------------------------------------ the run
 
@@ -96,7 +99,7 @@ class Run:
                 self._advance(self.plan.thin, bar)
                 record = self._record()
                 buffer.add(record)
-                means.append(record["train/loss"].mean(1))
+                means.append(self._train_losses(record).mean(1))
                 count = self.traces.draws + len(buffer)
                 ask = watch.due(count, self._seconds())
                 if buffer.full(self.traces) or ask or count == draws:
@@ -157,31 +160,28 @@ class Run:
     def _observe(self, position: Tensor, *, once: bool = False) -> dict[str, np.ndarray]:
         functions = ChainFunctions(self.plan.posterior.task, False) if once else self.functions
         out: dict[str, np.ndarray] = {}
-        for group, wanted in self.plan.measurements.items():
+        for group, observer in self.observers.items():
             if group == "train" and not once and self._losses_come_with_gradient(position):
                 losses = self.batching.potential.evaluate(position)[1]
                 out["train/loss"] = losses.float().cpu().numpy()
-                continue
-            examples = self.plan.posterior.task.examples(group)
-            parts = [
-                functions.observe(position, examples.batch(where), list(wanted.values()))
-                for where in self.chunks[group]
-            ]
-            for k, name in enumerate(wanted):
-                joined = torch.cat([part[k] for part in parts], dim=1)
-                out[f"{group}/{name}"] = joined.float().cpu().numpy()
+            else:
+                out.update(observer(functions, position))
         return out
+
+    def _train_losses(self, values: dict[str, np.ndarray]) -> np.ndarray:
+        """Losses ``(C, n)`` of the observed train examples, sums over tokens where these are."""
+        axis = self.plan.axis("train")
+        return axis.sums(values[f"{axis.dim}/loss"])
 
     def _losses_come_with_gradient(self, position: Tensor) -> bool:
         """Whether the full-batch gradient at ``position`` is known, or the next step's first."""
-        whole = isinstance(self.chunks["train"][0], slice)
         known = self.starts_with_gradient or self.batching.potential.evaluated(position)
-        return whole and known
+        return self.observers["train"].whole and known
 
     def _record(self) -> dict[str, np.ndarray]:
         position = self.state["position"]
         values = self._observe(position)
-        loss = values["train/loss"].mean(1, dtype=np.float64)
+        loss = self._train_losses(values).mean(1, dtype=np.float64)
         lost = ~torch.isfinite(position).all(dim=1).cpu().numpy()
         self._stop_chains(lost, "its weights are not finite")
         for name, array in values.items():
@@ -212,10 +212,18 @@ class Run:
         return torch.stack(self.acceptance).mean(0).double().cpu().numpy()
 
     def _blame(self, name: str, row: np.ndarray) -> str:
-        """Name the first example whose value is not finite in a chain."""
-        first = np.flatnonzero(~np.isfinite(row))[0]
-        group = name.split("/")[0]
-        return f"{name} of example {self.plan.ids(group).tolist()[first]!r} is not finite"
+        """Name the first example, or token, whose value is not finite in a chain."""
+        first = int(np.flatnonzero(~np.isfinite(row))[0])
+        group, measurement = name.split("/")
+        if not group.endswith("_token"):
+            return f"{name} of example {self.plan.ids(group).tolist()[first]!r} is not finite"
+        axis = self.plan.token_axes[group.removesuffix("_token")]
+        assert axis.position is not None
+        word = "" if axis.token_id is None else f" (id {int(axis.token_id[first])})"
+        return (
+            f"{axis.split}/{measurement} of the token at position {int(axis.position[first])}"
+            f"{word} of example {axis.ids[first : first + 1].tolist()[0]!r} is not finite"
+        )
 
     def _lp(self, position: Tensor, loss: np.ndarray) -> np.ndarray:
         """Log density, up to a constant; NaN where only a part of the train set is observed."""

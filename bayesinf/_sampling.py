@@ -39,6 +39,7 @@ def sample(
     seed: int = 0,
     observe: Mapping[str, Sequence[Any] | None] | None = None,
     measurements: Sequence[str] | Mapping[str, Measurement] = ("loss",),
+    tokens: Literal["train", "query", "both"] | None = None,
     store: str | os.PathLike[str] | _Store | None = None,
     until: Until | Callable[[Store], bool] | None = None,
     superchains: int | None = None,
@@ -81,6 +82,11 @@ def sample(
         What is recorded of the queries, apart from the loss: names of likelihood methods
         (``"loss"``, ``"margin"``), or ``{name: f(task, params, batch) -> (B,)}``. Of train examples
         the loss is recorded.
+    tokens
+        Of which groups the losses are recorded token by token, with the likelihood's
+        ``token_losses``: then ``traces.values(group, tokens=True)`` and ``bif(traces, tokens=…)``
+        have them, padded and masked tokens absent, and an example's loss is the sum over its
+        tokens for whoever asks for it. Other measurements stay one number an example.
     store
         Where traces go: a path (``*.zarr``), an earlier :class:`TraceStore` to extend, or None for
         memory. A :class:`StreamingCovariance` keeps sums instead, which do not grow. A store with
@@ -127,10 +133,14 @@ def sample(
     StoreError
         If the store has other settings or cannot be written.
     ValueError
-        If an argument is out of range.
+        If an argument is out of range, or examples have no tokens where they are asked for.
+    NotImplementedError
+        If the likelihood has no measurement of a name, or no token losses where they are asked for.
 
     Warns
     -----
+    PaddingWarning
+        Where the padding of sequences changes their losses.
     GradientNoiseWarning
         Where minibatches heat the chains by more than ``max_excess``.
     PrecisionWarning
@@ -148,7 +158,7 @@ def sample(
     sampler = _move(sampler, posterior.task.device)
     plan = Plan.make(
         posterior, sampler, draws, warmup, chains, thin, batch_size, seed, superchains, jitter,
-        observe, measurements,
+        observe, measurements, tokens,
     )  # fmt: skip
     traces = _prepare_store(store, plan, draws)
     if traces.failed and (on_divergence == "raise" or not traces.healthy):
@@ -187,10 +197,10 @@ def _prepare_store(
     names = {group: list(m) for group, m in plan.measurements.items()}
     ids = {group: plan.ids(group) for group in plan.observed}
     if isinstance(store, StreamingCovariance):
-        store.begin(config, ids, names)
+        store.begin(config, ids, names, plan.token_axes)
         return store
     if store is None or (isinstance(store, str | os.PathLike) and not os.path.exists(store)):
-        return TraceStore.create(store, config, ids, names, draws)
+        return TraceStore.create(store, config, ids, names, draws, plan.token_axes)
     found = TraceStore.open(store) if isinstance(store, str | os.PathLike) else store
     found.check_identity(config)
     found.grow(draws)

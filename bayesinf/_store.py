@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
+from scipy.sparse import csr_array
 
-from bayesinf._chains import FailedChainsWarning
-from bayesinf._covariance import CrossCovariance, batches_of_a_chain, cross_covariance
+from bayesinf._axes import Axis, Selection
+from bayesinf._batch_sums import degrees_of_freedom
+from bayesinf._covariance import (
+    CrossCovariance,
+    batch_edges,
+    batches_of_a_chain,
+    cross_covariance,
+)
 from bayesinf._disk import StoreError
+from bayesinf._running_sums import multiplied
 from bayesinf._streaming import StreamingCovariance
 from bayesinf._traces import TraceStore
 
-__all__ = ["Store", "check_recorded", "covariance_of"]
+__all__ = ["Store", "batch_shares", "check_recorded", "covariance_of", "freedom_of"]
+
+_READ_VALUES = 1 << 22
 
 
 class Store(Protocol):
@@ -80,6 +89,14 @@ class Store(Protocol):
         """Ids of the observed examples of ``"train"`` or ``"query"``."""
         ...
 
+    def axis(self, group: str, *, tokens: bool = False) -> Axis:
+        """Labels of the observed examples of a group, or of their tokens."""
+        ...
+
+    def warn_of_failures(self, stacklevel: int) -> None:
+        """Warn where chains failed, by number."""
+        ...
+
 
 def check_recorded(store: Store, measurement: str) -> None:
     """Raise where a query measurement is not in a store, or nothing is.
@@ -114,12 +131,15 @@ def covariance_of(
     store: Store,
     measurement: str = "loss",
     *,
+    query: Selection | None = None,
+    train: Selection | None = None,
     center: str = "grand",
     correlation: bool = False,
     batches_per_chain: int | None = None,
     block: int = 4096,
     replicates: bool = False,
-    mix: np.ndarray | None = None,
+    mix: csr_array | None = None,
+    query_mix: csr_array | None = None,
 ) -> CrossCovariance:
     """Covariances ``(Q, N)`` of a query measurement with the train losses of the healthy chains.
 
@@ -127,11 +147,13 @@ def covariance_of(
     ----------
     store
         Traces or sums.
+    query, train
+        Examples or tokens, all or some; by default all examples.
     measurement, center, correlation, batches_per_chain, block, replicates
         As of :func:`~bayesinf._covariance.cross_covariance`; batches are by default those of all
         chains, failed ones included, so that sums and traces have the same.
-    mix
-        ``(N, G)``: covariances with ``losses @ mix`` instead.
+    mix, query_mix
+        ``(N, G)`` and ``(Q, H)``: covariances with ``losses @ mix`` instead, of ``φ @ query_mix``.
 
     Returns
     -------
@@ -141,33 +163,63 @@ def covariance_of(
     Raises
     ------
     KeyError
-        If the measurement was not recorded.
+        If the measurement, or its tokens, were not recorded.
     StoreError
         If there is no draw or no healthy chain.
     ValueError
         If the draws do not suffice for standard errors.
     TypeError
         If this is no store.
-
-    Warns
-    -----
-    FailedChainsWarning
-        Where chains failed.
     """
     check_recorded(store, measurement)
-    if batches_per_chain is None and len(store.healthy) > 1:
-        batches_per_chain = batches_of_a_chain(store.chains)
+    query, train = query or Selection(), train or Selection()
     options: dict[str, Any] = {
-        "center": center, "correlation": correlation, "batches_per_chain": batches_per_chain,
+        "center": center, "correlation": correlation,
+        "batches_per_chain": _per_chain(store, batches_per_chain),
         "block": block, "replicates": replicates,
     }  # fmt: skip
     if isinstance(store, StreamingCovariance):
-        return store.covariance(measurement, mix=mix, **options)
+        return store.covariance(measurement, query, train, mix=mix, query_mix=query_mix, **options)
     assert isinstance(store, TraceStore)
-    y = store.values("train").values
-    with warnings.catch_warnings():  # the failed chains were named just now
-        warnings.simplefilter("ignore", FailedChainsWarning)
-        x = store.values("query", measurement).values
-    if mix is not None:
-        y = np.stack([chain.astype(np.float64) @ mix for chain in y])
+    x = _mixed(store, "query", measurement, query, query_mix)
+    y = _mixed(store, "train", "loss", train, mix)
     return cross_covariance(x, y, **options)
+
+
+def batch_shares(store: Store, batches_per_chain: int | None) -> np.ndarray:
+    """Share of the draws that each batch of :func:`covariance_of` holds."""
+    length = _lengths(store, batches_per_chain)
+    shares: np.ndarray = length / length.sum()
+    return shares
+
+
+def freedom_of(store: Store, batches_per_chain: int | None) -> float:
+    """Degrees of freedom of the standard errors of :func:`covariance_of`."""
+    return degrees_of_freedom(_lengths(store, batches_per_chain))
+
+
+def _lengths(store: Store, batches_per_chain: int | None) -> np.ndarray:
+    chains = len(store.healthy)
+    edges = batch_edges(chains, store.draws, _per_chain(store, batches_per_chain))
+    return np.tile(np.diff(edges).astype(np.float64), chains)
+
+
+def _per_chain(store: Store, asked: int | None) -> int | None:
+    several = asked is None and len(store.healthy) > 1
+    return batches_of_a_chain(store.chains) if several else asked
+
+
+def _mixed(
+    store: TraceStore, group: str, measurement: str, what: Selection, mix: csr_array | None
+) -> np.ndarray:
+    """Draws of a selection, or of weighted sums over it, a block of columns at a time."""
+    if mix is None:
+        return store.read(group, measurement, what)
+    pick = np.arange(mix.shape[0]) if what.pick is None else what.pick
+    out = np.zeros((len(store.healthy), store.draws, mix.shape[1]))
+    step = max(1, _READ_VALUES // (store.draws * len(store.healthy)))
+    for start in range(0, len(pick), step):
+        own = slice(start, start + step)
+        values = store.read(group, measurement, Selection(what.tokens, pick[own]))
+        out += multiplied(values, mix[own])
+    return out

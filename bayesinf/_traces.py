@@ -5,6 +5,9 @@ examples, written by region):
 
 * groups ``train`` and ``query``: a variable per measurement, dims ``(chain, draw, train)`` or
   ``(chain, draw, query)``, with ids as coordinates;
+* groups ``train_token`` and ``query_token``, where losses were recorded token by token and instead
+  of them in the groups above: ``loss (chain, draw, train_token)`` with coordinates ``train``,
+  ``train_position`` and, where there are integer ids, ``train_token_id`` (or ``query``, …);
 * group ``sample_stats``: ``lp``, ``step_size``, ``diverging``, ``distance``, ``acceptance_rate``
   (mean over the steps of a draw; NaN for kernels that accept everything), ``(chain, draw)``;
 * root attributes: the configuration, its identity hash, versions.
@@ -29,11 +32,14 @@ import xarray as xr
 import zarr
 from zarr.storage import MemoryStore
 
+from bayesinf._axes import Axis, Selection, as_slice, runs
 from bayesinf._chains import ChainRecord
 from bayesinf._disk import StoreError, disk, replacing
 from bayesinf._layout import lay_out
 
 __all__ = ["TraceStore", "open_traces"]
+
+_READ_VALUES = 1 << 22
 
 
 class TraceStore(ChainRecord):
@@ -62,6 +68,7 @@ class TraceStore(ChainRecord):
         self._memory: tuple[dict[str, Any], bytes] | None = None
         self.draws = 0
         self._payload: bytes | None = None
+        self._axes: dict[str, Axis] = {}
         self._read_commit()
 
     # ------------------------------------------------------------------ making and opening
@@ -74,15 +81,20 @@ class TraceStore(ChainRecord):
         ids: Mapping[str, np.ndarray],
         measurements: Mapping[str, list[str]],
         draws: int,
+        tokens: Mapping[str, Axis] | None = None,
     ) -> TraceStore:
-        """Make an empty store; ``ids`` and ``measurements`` are by group."""
+        """Make an empty store; ``ids``, ``measurements`` and ``tokens`` are by group.
+
+        In the groups of ``tokens`` the loss is that of tokens.
+        """
         if path is None:
             store = MemoryStore()
-            return cls(None, lay_out(store, config, ids, measurements, draws), store)
+            root = lay_out(store, config, ids, measurements, draws, tokens or {})
+            return cls(None, root, store)
         final = Path(path)
         partial = final.with_name(f".{final.name}.partial")
         with disk(f"making a store at {os.fspath(path)!r}"):
-            lay_out(partial, config, ids, measurements, draws)
+            lay_out(partial, config, ids, measurements, draws, tokens or {})
             os.rename(partial, final)  # whole or not at all, whenever the process is killed
         return cls.open(path)
 
@@ -218,13 +230,58 @@ class TraceStore(ChainRecord):
         """Ids of the observed examples of ``"train"`` or ``"query"``."""
         return np.asarray(self._root[group][group][:])
 
-    def values(self, group: str, measurement: str = "loss") -> xr.DataArray:
-        """Draws of the healthy chains, ``(chain, draw, example)``.
+    def axis(self, group: str, *, tokens: bool = False) -> Axis:
+        """Labels of the observed examples of a group, or of their tokens.
+
+        Parameters
+        ----------
+        group
+            ``"train"`` or ``"query"``.
+        tokens
+            Of the tokens.
 
         Raises
         ------
         KeyError
-            If the group or the measurement was not recorded.
+            If tokens were not recorded.
+        """
+        if not tokens:
+            return Axis(group, self.ids(group))
+        if f"{group}_token" not in self._root:
+            self.refuse_tokens(group)
+        if group not in self._axes:
+            stored, examples = self._root[f"{group}_token"], self.ids(group)
+            own = np.asarray(stored[group][:])
+            starts = np.flatnonzero(np.concatenate([[True], own[1:] != own[:-1], [True]]))
+            name = f"{group}_token_id"
+            token_id = np.asarray(stored[name][:]) if name in stored else None
+            position = np.asarray(stored[f"{group}_position"][:])
+            self._axes[group] = Axis(group, examples, starts, position, token_id)
+        return self._axes[group]
+
+    def has_tokens(self, group: str) -> bool:
+        """Whether the losses of a group were recorded token by token."""
+        return f"{group}_token" in self._root
+
+    def values(
+        self, group: str, measurement: str = "loss", *, tokens: bool = False
+    ) -> xr.DataArray:
+        """Draws of the healthy chains, ``(chain, draw, example)`` or ``(chain, draw, token)``.
+
+        Parameters
+        ----------
+        group
+            ``"train"`` or ``"query"``.
+        measurement
+            What was recorded of it.
+        tokens
+            The losses of tokens. Without it, losses that were recorded token by token are summed
+            over the tokens of each example, in float64.
+
+        Raises
+        ------
+        KeyError
+            If the group, the measurement or its tokens were not recorded.
         StoreError
             If no draw is committed or every chain failed.
 
@@ -233,21 +290,75 @@ class TraceStore(ChainRecord):
         FailedChainsWarning
             Where chains failed, by number.
         """
-        if group not in self._root or measurement not in self._root[group]:
+        self._check_recorded(group, measurement, tokens)
+        self.warn_of_failures(stacklevel=2)
+        data = self.read(group, measurement, Selection(tokens))
+        axis = self.axis(group, tokens=tokens)
+        coords = {"chain": self.healthy, "draw": np.arange(self.draws), **axis.coords()}
+        if not tokens:
+            coords[group] = self.ids(group)
+        return xr.DataArray(data, dims=("chain", "draw", axis.dim), coords=coords, name=measurement)
+
+    def read(
+        self, group: str, measurement: str = "loss", what: Selection | None = None
+    ) -> np.ndarray:
+        """Draws of the healthy chains as an array; only what is wanted is read.
+
+        Parameters
+        ----------
+        group, measurement
+            As of :meth:`values`, with the same errors.
+        what
+            Tokens or examples, all or some; None for all examples.
+
+        Returns
+        -------
+        np.ndarray
+            ``(chain, draw, entry)``: float32 as recorded, or float64 where tokens are summed.
+        """
+        what = what or Selection()
+        self._check_recorded(group, measurement, what.tokens)
+        by_token = measurement == "loss" and self.has_tokens(group)
+        array = self._root[f"{group}_token" if by_token else group][measurement]
+        if what.tokens == by_token:
+            return self._columns(array, what.pick)
+        axis = self.axis(group, tokens=True)
+        assert axis.starts is not None
+        pick = np.arange(len(axis.examples)) if what.pick is None else what.pick
+        out = np.empty((len(self.healthy), self.draws, len(pick)))
+        longest = int(np.diff(axis.starts).max())
+        step = max(1, _READ_VALUES // (longest * self.draws * len(self.healthy)))
+        for start in range(0, len(pick), step):
+            own = pick[start : start + step]
+            first = np.concatenate([[0], np.diff(axis.starts)[own].cumsum()[:-1]])
+            entries = runs(axis.starts[own], axis.starts[own + 1])
+            tokens = self._columns(array, entries)
+            out[:, :, start : start + step] = np.add.reduceat(
+                tokens, first, axis=2, dtype=np.float64
+            )
+        return out
+
+    def _columns(self, array: Any, pick: np.ndarray | None) -> np.ndarray:
+        """Committed draws of the healthy chains, all columns or some."""
+        where = slice(None) if pick is None else as_slice(pick)
+        read = array if isinstance(where, slice) else array.oindex
+        found = np.asarray(read[:, : self.draws, where])
+        return found if not self.failed else found[self.healthy]
+
+    def _check_recorded(self, group: str, measurement: str, tokens: bool) -> None:
+        recorded = measurement in self.config["measurements"].get(group, ())
+        if not recorded:
             have = {g: sorted(v) for g, v in self.config["measurements"].items()}
             raise KeyError(
                 f"{measurement!r} of {group!r} was not recorded; this store has {have}. Record it "
                 f"with sample(..., measurements=[…], observe=…)."
             )
+        if tokens and (measurement != "loss" or not self.has_tokens(group)):
+            self.refuse_tokens(group, measurement)
         if not self.draws or not self.healthy:
             raise StoreError(
                 "the store holds no draw yet." if self.healthy else "every chain failed."
             )
-        self._warn_of_failures(stacklevel=2)
-        array = self._root[group][measurement]
-        data = np.asarray(array[:, : self.draws])[self.healthy]
-        coords = {"chain": self.healthy, "draw": np.arange(self.draws), group: self.ids(group)}
-        return xr.DataArray(data, dims=("chain", "draw", group), coords=coords, name=measurement)
 
     def to_arviz(self) -> xr.DataTree:
         """Healthy chains in ArviZ's layout.

@@ -67,6 +67,7 @@ def test_the_reader_of_sources_sees_what_there_is():
 
 
 TORCHLESS = [
+    "bayesinf._axes",
     "bayesinf._chains",
     "bayesinf._disk",
     "bayesinf._layout",
@@ -82,7 +83,10 @@ TORCHLESS = [
     "bayesinf._scores",
     "bayesinf._learning_coefficient",
     "bayesinf.attribution._bif",
+    "bayesinf.attribution._covariance_scores",
     "bayesinf.attribution._group_influence",
+    "bayesinf.attribution._groups",
+    "bayesinf.attribution._sinks",
     "bayesinf.attribution._top_k",
 ]
 

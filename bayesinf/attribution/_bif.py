@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import time
 import warnings
-from typing import Literal
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import xarray as xr
 
-from bayesinf._accuracy import MonteCarloWarning, check_wanted, draws_needed, relative_mcse
-from bayesinf._covariance import CrossCovariance
+from bayesinf._accuracy import MonteCarloWarning, check_wanted, draws_needed
 from bayesinf._diagnostics import ConvergenceWarning, diagnose
-from bayesinf._scores import make_scores
-from bayesinf._store import check_recorded, covariance_of
+from bayesinf._layout import identity
+from bayesinf._store import batch_shares, check_recorded, freedom_of
 from bayesinf._streaming import StreamingCovariance
 from bayesinf._traces import TraceStore
+from bayesinf.attribution._covariance_scores import make_sink, score_pairs, sides
 
 __all__ = ["bif", "checked_center", "damping_of"]
 
@@ -25,18 +27,25 @@ def bif(
     traces: TraceStore | StreamingCovariance,
     *,
     measurement: str = "loss",
+    tokens: Literal["train", "query", "both"] | None = None,
+    query: Any = None,
+    train: Any = None,
     normalize: Literal["correlation"] | None = None,
     center: Literal["auto", "grand", "chain"] = "auto",
     batches_per_chain: int | None = None,
     block_size: int = 4096,
     target_mcse: float | None = None,
     replicates: bool = False,
+    top_k: int | None = None,
+    store: str | os.PathLike[str] | None = None,
 ) -> xr.Dataset:
     r"""Influence of every train example on every query, with its Monte-Carlo standard error.
 
     .. math:: \frac{d E[\phi_q]}{d b_i} = -\frac{n_\beta}{n}\,\mathrm{Cov}(\ell_i, \phi_q)
 
-    Negative = helpful: up-weighting the train example lowers the query's loss.
+    Negative = helpful: up-weighting the train example lowers the query's loss. Of tokens likewise,
+    with the losses of tokens in place of those of examples: scores of tokens add up to those of
+    their examples.
 
     Parameters
     ----------
@@ -44,6 +53,12 @@ def bif(
         What :func:`bayesinf.sample` returned, traces or sums.
     measurement
         φ: what was recorded of the queries, ``"loss"`` by default.
+    tokens
+        Whose examples are split into their tokens: ``"train"``, ``"query"`` or ``"both"``. The run
+        must have recorded them: ``sample(..., tokens=…)``.
+    query, train
+        Ids of the examples to score (one, or several), in this order; all by default. Only their
+        losses are read: one pair of sequences, token by token, costs next to nothing.
     normalize
         ``"correlation"``: the normalised BIF, ``−Corr(ℓ_i, φ_q)``, a similarity.
     center
@@ -62,25 +77,34 @@ def bif(
         Also keep the scores without each batch and from each half of the chains, from which
         :func:`bayesinf.lds` tells its own Monte-Carlo error; for ``B`` batches this takes ``B + 2``
         times the memory of the scores.
+    top_k
+        Keep only the ``k`` most helpful and the ``k`` most harmful for each query (or query token),
+        dims ``(query, side, rank)``, with their errors; the whole matrix never exists.
+    store
+        Path of a Zarr store that scores stream to, block by block, in float32; as that of the
+        classical methods. A call that was killed goes on there, and the result is read lazily.
 
     Returns
     -------
     xr.Dataset
         ``influence``, ``mcse`` and ``influence_within`` (centred per chain, a check), dims
-        ``query`` and ``train``. An interval is ``influence ± t·mcse`` with ``attrs["mcse_df"]``
-        degrees of freedom; ``attrs["relative_mcse"]`` is the precision of them all. With
-        ``replicates``, ``influence_replicate (batch, query, train)``, ``batch_share (batch)`` and
+        ``query`` and ``train``; or ``query_token`` and ``train_token``, flat, with coordinates
+        ``train``, ``train_position`` and ``train_token_id`` (``query``, …). An interval is
+        ``influence ± t·mcse`` with ``attrs["mcse_df"]`` degrees of freedom;
+        ``attrs["relative_mcse"]`` is the precision of them all. With ``replicates``,
+        ``influence_replicate (batch, query, train)``, ``batch_share (batch)`` and
         ``influence_half (half, query, train)``.
 
     Raises
     ------
     KeyError
-        If the measurement was not recorded.
+        If the measurement, or its tokens, were not recorded, or ids are unknown.
     StoreError
         If there is no draw or no healthy chain.
     ValueError
-        If there are too few draws for a standard error, the posterior has ``n_beta = 0``, or
-        ``target_mcse`` is not between 0 and 1.
+        If there are too few draws for a standard error, the posterior has ``n_beta = 0``,
+        ``target_mcse`` is not between 0 and 1, or two of ``top_k``, ``store`` and ``replicates``
+        are given.
 
     Warns
     -----
@@ -99,37 +123,43 @@ def bif(
     if target_mcse is not None:
         check_wanted("target_mcse", target_mcse)
     check_recorded(traces, measurement)
-    posterior, n = traces.config["posterior"], traces.config["task"]["n"]
+    traces.warn_of_failures(stacklevel=2)
+    rows, columns = sides(traces, tokens, query, train)
     how = checked_center(traces, center, stacklevel=2)
-    result = covariance_of(
+    settings = {
+        "measurement": measurement, "tokens": tokens, "normalize": normalize, "center": how,
+        "batches_per_chain": batches_per_chain,
+    }  # fmt: skip
+    sink = make_sink(store, top_k, replicates, rows, columns, _run_of(traces, settings))
+    posterior, n = traces.config["posterior"], traces.config["task"]["n"]
+    damping = damping_of(posterior)
+    precision = score_pairs(
         traces,
         measurement,
+        rows,
+        columns,
+        sink,
+        1.0 if normalize == "correlation" else posterior["n_beta"] / n,
         center=how,
         correlation=normalize == "correlation",
         batches_per_chain=batches_per_chain,
         block=block_size,
         replicates=replicates,
     )
-    precision = relative_mcse(result.value, result.mcse)
     if target_mcse is not None and not precision <= target_mcse:
         warnings.warn(
             _imprecise(traces.draws, precision, target_mcse), MonteCarloWarning, stacklevel=2
         )
-    scale = 1.0 if normalize == "correlation" else posterior["n_beta"] / n
-    scores = make_scores(
-        -scale * result.value,
-        mcse=scale * result.mcse,
-        influence_within=-scale * result.within,
-        query=traces.ids("query"),
-        train=traces.ids("train"),
-        method="bif" if normalize is None else "bif_correlation",
-        estimand="influence" if normalize is None else "similarity",
-        attrs={
+    scores = sink.finish(
+        "bif" if normalize is None else "bif_correlation",
+        "influence" if normalize is None else "similarity",
+        {
             **posterior,
-            "damping": damping_of(posterior),
+            "damping": damping,
             "measurement": measurement,
+            "tokens": tokens,
             "center": how,
-            "mcse_df": result.freedom,
+            "mcse_df": freedom_of(traces, batches_per_chain),
             "relative_mcse": precision,
             "chains": len(traces.healthy),
             "draws": traces.draws,
@@ -137,22 +167,27 @@ def bif(
             "batch_size": traces.config["batch_size"],
             **traces.commit_facts.get("checks", {}),
             "checkpoint": traces.config["task"]["checkpoint"],
-            **_passes(traces, result.value.shape[0] + result.value.shape[1]),
+            **_passes(traces, len(traces.ids("query")) + len(traces.ids("train"))),
             "seconds": {
                 "sampling": traces.commit_facts["seconds"],
                 "covariance": time.perf_counter() - began,
             },
         },
     )
-    return _with_replicates(scores, result, scale) if replicates else scores
+    if replicates:
+        scores["batch_share"] = ("batch", batch_shares(traces, batches_per_chain))
+    return scores
 
 
-def _with_replicates(scores: xr.Dataset, result: CrossCovariance, scale: float) -> xr.Dataset:
-    return scores.assign(
-        influence_replicate=(("batch", "query", "train"), -scale * result.deleted),
-        influence_half=(("half", "query", "train"), -scale * result.halves),
-        batch_share=("batch", result.share),
-    )
+def _run_of(traces: TraceStore | StreamingCovariance, settings: dict[str, Any]) -> dict[str, Any]:
+    """What scores on disk are of."""
+    return {
+        "method": "bif",
+        "run": identity(traces.config),
+        "draws": traces.draws,
+        "failed": sorted(traces.failed),
+        **settings,
+    }
 
 
 def _imprecise(draws: int, precision: float, wanted: float) -> str:
@@ -217,7 +252,16 @@ def _passes(traces: TraceStore | StreamingCovariance, observed: int) -> dict[str
     return {"forward_examples": forward, "backward_examples": gradients}
 
 
+_diagnoses: WeakKeyDictionary[Any, tuple[Any, xr.Dataset]] = WeakKeyDictionary()
+"""Of each store the last, with the draws that it is of: pairs may be asked for one by one."""
+
+
 def _quiet_diagnose(traces: TraceStore | StreamingCovariance) -> xr.Dataset:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return diagnose(traces, max_examples=_DIAGNOSED_EXAMPLES)
+    state = (traces.draws, traces.healthy)
+    held = _diagnoses.get(traces)
+    if held is None or held[0] != state:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            held = (state, diagnose(traces, max_examples=_DIAGNOSED_EXAMPLES))
+        _diagnoses[traces] = held
+    return held[1]

@@ -66,7 +66,12 @@ def test_refusals(stores):
         ({"a": []}, "group 'a' is empty"),
         ({"a": [IDS[0], IDS[0]]}, "group 'a' holds an example twice"),
         ({"a": [IDS[0], "x"]}, r"group 'a' holds 1 train examples that were not observed.*'x'"),
-        (xr.DataArray(np.ones(12), dims="train"), "the dimension train and one more"),
+        (
+            xr.DataArray(np.ones((2, 2, 2)), dims=("train", "a", "b")),
+            "alone for labels or with one",
+        ),
+        (xr.DataArray(np.ones(12), dims="train"), "12 train examples that were not observed"),
+        (xr.DataArray([""] * 12, dims="train", coords={"train": IDS}), "there is no group"),
         (xr.DataArray(np.zeros((12, 2)), dims=("train", "g"), coords={"train": IDS}), "is empty"),
         (xr.DataArray(np.ones((1, 1)), dims=("train", "g"), coords={"train": ["x"]}), "'x'"),
     ):
