@@ -88,6 +88,8 @@ TORCHLESS = [
     "bayesinf.attribution._groups",
     "bayesinf.attribution._sinks",
     "bayesinf.attribution._top_k",
+    "bayesinf.attribution._susceptibility",
+    "bayesinf.attribution._checkpoints",
 ]
 
 
