@@ -8,9 +8,10 @@ import scipy.stats
 import torch
 
 import bayesinf as bi
+from bayesinf._covariance import cross_covariance
 from bayesinf._families import sample_each
 from bayesinf.attribution._susceptibility import susceptibility
-from tests import quadratic
+from tests import language_task, quadratic
 
 PARTS = {"first": [0], "rest": [1, 2, 3], "all": [0, 1, 2, 3]}
 N_BETA, GAMMA, DECAY = 40.0, 8.0, 0.01
@@ -167,3 +168,26 @@ def test_many_examples_are_taken_in_blocks(monkeypatch):
         blocks = susceptibility(traces)
     for name in ("susceptibility", "mcse", "susceptibility_within"):
         np.testing.assert_allclose(blocks[name], whole[name], rtol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore::bayesinf.ConvergenceWarning")
+def test_tokens_sum_to_their_sequences():
+    traces = {"all": language_task.run(tokens="both")}
+    by_token, whole = susceptibility(traces, tokens=True), susceptibility(traces)
+    assert by_token["susceptibility"].dims == ("component", "train_token")
+    summed = by_token["susceptibility"].groupby("train").sum().sel(train=whole["train"].values)
+    np.testing.assert_allclose(
+        summed.transpose("component", "train"), whole["susceptibility"], rtol=1e-8, atol=1e-12
+    )
+    values = traces["all"].values("train", tokens=True)
+    ids = values["train"].values.tolist()
+    mean = traces["all"].values("train").values.mean(axis=2, keepdims=True)
+    one = values.values[:, :, 4:5] - mean / ids.count(ids[4])
+    exact = cross_covariance(mean, one, center="chain", batches_per_chain=3)
+    n_beta = traces["all"].config["posterior"]["n_beta"]
+    row = by_token.isel(component=0, train_token=4)
+    assert by_token["center"].values.tolist() == ["chain"]
+    np.testing.assert_allclose(row["susceptibility"], -n_beta * exact.value[0, 0], rtol=1e-8)
+    np.testing.assert_allclose(row["mcse"], n_beta * exact.mcse[0, 0], rtol=1e-8)
+    with pytest.raises(KeyError, match="token"):
+        susceptibility({"all": language_task.run()}, tokens=True)
