@@ -71,7 +71,7 @@ def run(benchmark: BenchmarkTask, seconds: float) -> dict[str, Any]:
         points.append(_point(name, spent + fitted, scores, evaluation, settings))
     parent, parent_seconds = parents["conjugate gradients"]
     budgets = [seconds / 3**k for k in range(STAGES - 1, -1, -1)]
-    for stage in staged_bif(task, budgets, weight_decay=benchmark.recipe.weight_decay):
+    for stage in staged_bif(task, budgets, weight_decay=benchmark.weight_decay):
         spent, scores = stage.seconds, stage.scores
         settings = f"{scores.attrs['chains']} × {scores.attrs['draws']} draws"
         points.append(_point("BIF", spent, scores, evaluation, settings))

@@ -452,7 +452,7 @@ def main(argv: list[str] | None = None) -> int:
     benchmark = get_task(args.task)
     train, query = benchmark.data()
     task = bi.Task(benchmark.checkpoint(), benchmark.likelihood, train=train, query=query)
-    decay = benchmark.recipe.weight_decay
+    decay = benchmark.weight_decay
     posterior = (
         bi.calibrate(task, weight_decay=decay).posterior
         if args.calibrate

@@ -12,7 +12,7 @@ import xarray as xr
 from torch import Tensor, nn
 
 from bayesinf._likelihoods import Likelihood
-from bayesinf.evaluation import Recipe, open_bank, random_subsets, train_one
+from bayesinf.evaluation import Recipe, SGDRecipe, open_bank, random_subsets, train_one
 
 __all__ = ["BANKS", "GROUND_TRUTH", "BankPlan", "BenchmarkTask", "Data", "split"]
 
@@ -76,6 +76,11 @@ class BenchmarkTask:
     seed: int = 0
     banks: Mapping[str, BankPlan] = field(default_factory=lambda: BANKS)
     fisher: Literal["enumerated", "sampled"] = "enumerated"
+
+    @property
+    def weight_decay(self) -> float:
+        """Coefficient of ``½‖w‖²`` in what training minimises: 0 where the decay is decoupled."""
+        return self.recipe.weight_decay if isinstance(self.recipe, SGDRecipe) else 0.0
 
     def checkpoint(self) -> nn.Module:
         """Train the network that is attributed, on all the data: deterministic, takes seconds."""

@@ -12,6 +12,7 @@ from torch import nn
 import bayesinf as bi
 from bayesinf.evaluation import SGDRecipe, noise_ceiling, train_one
 from benchmarks.tasks import BANKS, GROUND_TRUTH, get_task
+from benchmarks.tasks.pydoc_tokens import TOKENS, encode
 
 EXPECTED = {
     "digits-mlp": (17_226, (1000, 64), 200, SGDRecipe(30, 50, 0.1, 0.9, 1e-3)),
@@ -125,6 +126,56 @@ def test_checkpoints_are_deterministic_and_trained() -> None:
     with torch.no_grad():
         loss = float(task.likelihood.loss(first(x), y).mean())
     assert 0.05 < loss < 0.25  # 0.5 before training
+
+
+def test_pydoc_gpt() -> None:
+    """Ids that ship with the ground truth: the same on every version of Python."""
+    task = get_task("pydoc-gpt")
+    (train, target), (query, _) = task.data()
+    assert torch.equal(train, target)
+    assert (train.shape, query.shape) == ((384, 64), (48, 64))
+    assert train.dtype == torch.long
+    assert int(train.min()) >= 0
+    assert int(train.max()) < 1024
+    assert len(torch.cat([train, query]).unique(dim=0)) == 432
+    model = task.make_model()
+    assert sum(p.numel() for p in model.parameters()) == 231_168
+    assert {name: (plan.subsets, len(plan.seeds)) for name, plan in task.banks.items()} == {
+        "evaluation": (64, 4), "tuning": (24, 2),
+    }  # fmt: skip
+    assert not set(task.banks["evaluation"].seeds) & set(task.banks["tuning"].seeds)
+    assert (task.weight_decay, get_task("digits-mlp").weight_decay) == (0.0, 1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of attention in vmap
+def test_the_network_of_pydoc_gpt_sees_the_past_alone_and_is_that_of_transformers() -> None:
+    """Its own mask in place of the one that transformers makes, which vmap cannot trace."""
+    task = get_task("pydoc-gpt")
+    model, (ids, _) = task.make_model().eval(), task.data()[1]
+    with torch.no_grad():
+        logits = model(ids[:2])
+        torch.testing.assert_close(logits, model.model(ids[:2]).logits, rtol=0, atol=1e-5)
+        torch.testing.assert_close(logits[:, :20], model(ids[:2, :20]), rtol=0, atol=1e-5)
+        weights = {k: torch.stack([p, 1.1 * p]) for k, p in model.named_parameters()}
+        both = torch.func.vmap(lambda own: torch.func.functional_call(model, own, (ids[:2],)))(
+            weights
+        )
+    torch.testing.assert_close(both[0], logits, rtol=0, atol=1e-5)
+
+
+def test_tokens_of_pydoc_gpt() -> None:
+    """Pieces spell the text out, and the program that made the ids does so again."""
+    with np.load(TOKENS, allow_pickle=False) as held:
+        pieces, train = held["pieces"], held["train"]
+    assert (len(pieces), pieces[0], train.dtype) == (1024, "<|endoftext|>", np.uint16)
+    text = "".join(pieces[train.ravel()])
+    assert text.count("Python") > 5
+    texts = ["to be or not to be", "that is the question"]
+    ids, learned = encode(texts, vocabulary=262)
+    assert ["".join(learned[k] for k in row) for row in ids] == texts
+    assert len(learned) == 262
+    assert len(ids[0]) < len(texts[0])
+    assert encode(texts, vocabulary=262) == (ids, learned)
 
 
 def test_unknown_task() -> None:
