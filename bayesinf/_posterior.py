@@ -29,6 +29,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 from torch.func import grad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bayesinf._gradients import ChainFunctions
 from bayesinf._task import Task
@@ -311,7 +312,8 @@ class Potential:
                 def slope(w: Tensor, c: int = c) -> Tensor:
                     return grad(mean_loss)(w) @ vector[c]
 
-                out[c] += p.n_beta * share * grad(slope)(position[c])
+                with sdpa_kernel(SDPBackend.MATH):  # fused attention has first derivatives only
+                    out[c] += p.n_beta * share * grad(slope)(position[c])
         return out
 
     def _shares(self, batch: Tensor | None) -> list[tuple[float, Any, Any]]:

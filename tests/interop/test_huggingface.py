@@ -345,3 +345,65 @@ def test_heads_that_cannot_be_chunked_are_refused():
         LanguageModel(model)
         with pytest.raises(ValueError, match="chunked_head=True needs logits that are a linear"):
             LanguageModel(model, chunked_head=True)
+
+
+# ------------------------------------------------------------------ sampling
+
+
+def hessian_product(one, v):
+    """By central differences of looped gradients."""
+    center, step = one.flatten(one.params), 1e-5
+    functions = ChainFunctions(one, False)
+    w = torch.stack([center + step * v, center - step * v])
+    gradient, _ = functions.loss_grad(w, one.train.batch(), shared=True)
+    return (gradient[0] - gradient[1]) / (2 * step)
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+def test_second_derivatives_through_fused_attention(chunked, rng):
+    one = task("gpt2", rng, torch.float64, chunked_head=chunked)
+    potential = bi.LocalPosterior(one, n_beta=2.0, gamma=3.0).bind()
+    v = torch.randn(1, one.dimension, generator=rng, dtype=torch.float64)
+    w = one.flatten(one.params)[None]
+    got = potential.hvp(w, v)[0]
+    expected = 2.0 * hessian_product(one, v[0]) + 3.0 * v[0]
+    assert float((got - expected).norm()) < 1e-6 * float(expected.norm())
+
+
+@pytest.mark.filterwarnings("ignore::bayesinf.ConvergenceWarning")
+@pytest.mark.parametrize("name", NETWORKS)
+def test_influence_of_the_tokens_of_padded_sequences(name, rng):
+    """Sampled with padding on either side, summed over tokens, chains together or in a loop."""
+    rows = sequences(rng)
+    model = LanguageModel(NETWORKS[name](1)).double()
+    wanted = {}
+    for side in ("left", "right"):
+        data = {"train": padded(rows, side), "query": padded(rows[:3], side, 2)}
+        posterior = bi.LocalPosterior(bi.Task(model, LM, **data), n_beta=2.0, gamma=100.0)
+        traces = bi.sample(
+            posterior, bi.samplers.SGLD(1e-4), draws=8, warmup=0, chains=2, batch_size=3, seed=0,
+            tokens="both", vectorize=False, progress=False,
+        )  # fmt: skip
+        scores = bi.bif(traces, tokens="both").influence
+        assert (scores.sizes["query_token"], scores.sizes["train_token"]) == (12, 25)
+        whole = bi.bif(traces).influence
+        exact.close(scores.groupby("query").sum().groupby("train").sum(), whole, 1e-5)
+        wanted[side] = whole
+    exact.close(wanted["left"], wanted["right"], 1e-5)
+
+
+def test_sampling_together_is_sampling_in_a_loop(rng):
+    """Of an adapter, whose network stays where it is."""
+    one = task("lora", rng, torch.float64, chunked_head=True)
+    before = {n: p.clone() for n, p in one.module.named_parameters()}
+    posterior = bi.LocalPosterior(one, n_beta=2.0, gamma=100.0)
+    found = [
+        bi.sample(
+            posterior, bi.samplers.SGLD(1e-4), draws=4, warmup=0, chains=2, batch_size=3,
+            seed=0, vectorize=vectorize, progress=False,
+        ).values("train")
+        for vectorize in (True, False)
+    ]  # fmt: skip
+    assert found[0].std() > 0
+    close(*(torch.from_numpy(values.values) for values in found), 1e-5)
+    assert all(torch.equal(p, before[n]) for n, p in one.module.named_parameters())
