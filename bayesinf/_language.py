@@ -94,8 +94,9 @@ class CausalLM:
     def token_losses(self, outputs: Tensor | Head, target: Tensor) -> Tensor:
         """Loss of each token ``(B, T)``, 0 where it is not counted.
 
-        Written as ``log Σ_v exp(f_v − f_y)``, which keeps the relative precision of small losses;
-        half precision is raised to float32 first.
+        Written as ``log Σ_v exp(f_v − f_y)``, which keeps the relative precision of small losses
+        and of their gradients; where no gradient is taken, by one fused cross-entropy, which reads
+        the logits once. Half precision is raised to float32 first.
         """
         if isinstance(outputs, Head):
             counted = self.token_mask(target)[:, 1:]
@@ -103,6 +104,8 @@ class CausalLM:
             head = Head(hidden, outputs.weight, outputs.bias)
             losses = blockwise_losses(head, target[:, 1:].masked_fill(~counted, 0))
             return F.pad(losses.masked_fill(~counted, 0), (1, 0))
+        if not torch.is_grad_enabled():
+            return self._fused(outputs, target)
         f, label, counted = self._predictions(outputs, target)
         gap = (f - f.gather(2, label)).masked_fill_(~counted.unsqueeze(2), 0)
         return F.pad(gap.logsumexp(2).masked_fill(~counted, 0), (1, 0))
@@ -114,11 +117,21 @@ class CausalLM:
         """
         if isinstance(outputs, Head):
             return self.token_losses(outputs, target).sum(1)
+        if not torch.is_grad_enabled():
+            return self._fused(outputs, target).sum(1)
         counted = F.pad(self.token_mask(target)[:, 1:], (0, 1))
         label = F.pad(target[:, 1:], (0, 1)).masked_fill(~counted, -100)
         f = _precise(outputs).masked_fill(~counted.unsqueeze(2), 0)
         losses = F.cross_entropy(f.flatten(0, 1), label.flatten(), reduction="none")
         return losses.view(target.shape).sum(1)
+
+    def _fused(self, outputs: Tensor, target: Tensor) -> Tensor:
+        """Token losses without a copy of the logits: those that are ignored may be NaN."""
+        counted = F.pad(self.token_mask(target)[:, 1:], (0, 1))
+        label = F.pad(target[:, 1:], (0, 1)).masked_fill(~counted, -100)
+        f = _precise(outputs).flatten(0, 1)
+        losses = F.cross_entropy(f, label.flatten(), reduction="none").view(target.shape)
+        return F.pad(losses[:, :-1], (1, 0))
 
     def margin(self, outputs: Tensor | Head, target: Tensor) -> Tensor:
         """Log-odds of the tokens, ``log p/(1−p)``, summed over counted ones (TRAK, Park 2023)."""

@@ -39,7 +39,7 @@ from bayesinf._covariance import (
 __all__ = ["Part", "RunningSums", "Segments", "Terms", "multiplied"]
 
 _LEAST_SEGMENTS = 8
-_TAIL_VALUES = 1 << 23
+_TAIL_VALUES = 1 << 22
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ def measure(size: Size, draws: int) -> dict[str, float]:
         sample(
             posterior, SGLD(1e-5), draws=draws, warmup=0, chains=size.chains,
             batch_size=min(64, size.sequences), tokens="train", store=sums, vectorize=False,
-            chunk_size=128, progress=False,
+            chunk_size=32, progress=False,
         )  # fmt: skip
         scores = bif(sums, tokens="train", store=Path(folder) / "scores")
         assert scores.sizes["query"] == size.queries

@@ -35,6 +35,18 @@ def test_loss_is_the_cross_entropy_of_shifted_logits(f, y):
     torch.testing.assert_close(SEQUENCES.loss(f, y), expected.sum(1), rtol=1e-12, atol=0)
 
 
+def test_losses_without_gradients_are_the_same(f, y):
+    """Another computation, which must not see what is ignored either."""
+    used = F.pad(SEQUENCES.token_mask(y)[:, 1:], (0, 1)).unsqueeze(2)
+    for part in (SEQUENCES.token_losses, SEQUENCES.loss):
+        expected = part(f, y)
+        with torch.no_grad():
+            got = part(torch.where(used, f, torch.nan), y)
+            mapped = torch.vmap(part, in_dims=(0, None))(f.expand(2, *SHAPE), y)
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
+        torch.testing.assert_close(mapped[1], expected, rtol=1e-12, atol=0)
+
+
 def test_margin_is_the_sum_of_log_odds(f, y):
     p = (-SEQUENCES.token_losses(f, y)).exp()
     odds = torch.where(SEQUENCES.token_mask(y), (p / (1 - p)).log(), 0.0).sum(1)
