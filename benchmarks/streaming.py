@@ -5,8 +5,8 @@ is sampled by 4 chains on 4,000 sequences of 64 tokens. The losses of 32 queries
 train tokens go into a :class:`bayesinf.StreamingCovariance` with sums in float32, and the scores of
 all pairs, with their standard errors, to a store on disk. Each number of draws has a process of its
 own, which runs a tiny problem first: what is imported is no part of it. Printed is the peak of
-resident memory above what was resident when sampling began: it should stay below 1 GB, and be the same after 20 and after 100 draws, to 5 %. The exit status is 1 where
-either is missed.
+resident memory above what was resident when sampling began: it should stay below 1 GB, and be the
+same after 20 and after 100 draws, to 5 %. The exit status is 1 where either is missed.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from bayesinf.attribution._sinks import (
 
 __all__ = ["Side", "make_sink", "score_pairs", "sides"]
 
-_BLOCK_VALUES = 1 << 22
+_BLOCK_VALUES = 1 << 19
 _REPLICATES: dict[str, Leading] = {
     "influence_replicate": ("batch", None),
     "influence_half": ("half", None),
