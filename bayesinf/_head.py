@@ -79,33 +79,83 @@ class _Blockwise(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        ctx.save_for_backward(*inputs, output)
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, outer: Tensor) -> Any:
-        hidden, weight, bias, label, losses = ctx.saved_tensors
-        to_hidden, to_weight, to_bias, _ = ctx.needs_input_grad
-        d_hidden: list[Tensor] = []
-        d_weight = d_bias = None
-        for block in _blocks(hidden, weight):
-            gaps = _gaps(hidden[block], weight, bias, label[block])
-            by = outer[block].unsqueeze(1)
-            p = (gaps - losses[block].unsqueeze(1)).exp()
-            d = (p * by).scatter_add(1, label[block].unsqueeze(1), -by).to(hidden.dtype)
-            if to_hidden:
-                d_hidden.append(d @ weight)
-            if to_weight:
-                part = _precise(d.T @ hidden[block])
-                d_weight = part if d_weight is None else d_weight + part
-            if to_bias:
-                part = _precise(d.sum(0))
-                d_bias = part if d_bias is None else d_bias + part
-        return (
-            torch.cat(d_hidden) if to_hidden else None,
-            None if d_weight is None else d_weight.to(weight.dtype),
-            None if d_bias is None else d_bias.to(weight.dtype),
-            None,
-        )
+        hidden, weight, bias, label = ctx.saved_tensors
+        wanted = tuple(ctx.needs_input_grad[:3])
+        found = iter(_Derivatives.apply(hidden, weight, bias, label, outer, wanted))
+        return *(next(found) if want else None for want in wanted), None
+
+
+class _Derivatives(torch.autograd.Function):
+    """``(h, W, c, y, g) → ∂(gᵀ losses)/∂(h, W, c)``, those that are wanted.
+
+    A function of its own, because ``torch.func.grad`` records what a backward pass does, and would
+    keep the logits of every block.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        label: Tensor,
+        outer: Tensor,
+        wanted: tuple[bool, bool, bool],
+    ) -> tuple[Tensor, ...]:
+        return _derivatives(hidden, weight, bias, label, outer, wanted)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs[:-1])
+        ctx.wanted = inputs[-1]
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> Any:
+        """All logits at once: second derivatives are for few examples."""
+        hidden, weight, bias, label, first = ctx.saved_tensors
+        wanted = ctx.wanted
+
+        def first_derivatives(h: Tensor, w: Tensor, c: Tensor | None, g: Tensor) -> Any:
+            return _derivatives(h, w, c, label, g, wanted)
+
+        if bias is None:
+            pull = torch.func.vjp(
+                lambda h, w, g: first_derivatives(h, w, None, g), hidden, weight, first
+            )[1]
+            d_hidden, d_weight, d_first = pull(outer)
+            return d_hidden, d_weight, None, None, d_first, None
+        pull = torch.func.vjp(first_derivatives, hidden, weight, bias, first)[1]
+        d_hidden, d_weight, d_bias, d_first = pull(outer)
+        return d_hidden, d_weight, d_bias, None, d_first, None
+
+
+def _derivatives(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    label: Tensor,
+    outer: Tensor,
+    wanted: tuple[bool, bool, bool],
+) -> tuple[Tensor, ...]:
+    """``d W``, ``dᵀ h`` and ``Σ d`` with ``d = g (softmax(f) − e_y)``, ``(N, V)``, by blocks."""
+    rows: list[Tensor] = []
+    sums: list[Tensor] = []
+    for block in _blocks(hidden, weight):
+        by, at = outer[block].unsqueeze(1), label[block]
+        p = _gaps(hidden[block], weight, bias, at).softmax(1)
+        d = (p * by).scatter_add(1, at.unsqueeze(1), -by).to(hidden.dtype)
+        if wanted[0]:
+            rows.append(d @ weight)
+        parts = [_precise(d.T @ hidden[block])] if wanted[1] else []
+        parts += [_precise(d.sum(0))] if wanted[2] else []
+        sums = [x + y for x, y in zip(sums, parts, strict=True)] if sums else parts
+    whole = (torch.cat(rows),) if wanted[0] else ()
+    return *whole, *(x.to(weight.dtype) for x in sums)
 
 
 def _blocks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:

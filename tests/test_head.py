@@ -1,5 +1,6 @@
 """Losses a block of tokens at a time against those of all logits: values, gradients, memory."""
 
+import weakref
 from functools import partial
 
 import pytest
@@ -85,6 +86,21 @@ def test_derivatives_of_gradients(rng, block):
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_derivatives_by_finite_differences(rng, block, bias):
+    """By autograd alone, first and second, of some inputs or all."""
+    hidden, weight, shift = parts(rng, bias)
+    y = torch.randint(V, (2, 3), generator=rng)
+
+    def losses(h, w, *c):
+        return _head.blockwise_losses(Head(h, w, *c), y)
+
+    given = [hidden[:2, :3], weight] + ([shift] if bias else [])
+    for free in ((0,), (1,), range(len(given))):
+        leaves = [x.clone().requires_grad_(i in free) for i, x in enumerate(given)]
+        assert torch.autograd.gradgradcheck(losses, leaves)
+
+
 def test_half_precision(rng, block):
     hidden, weight, bias = (leaf.requires_grad_() for leaf in parts(rng, dtype=torch.bfloat16))
     y = tokens(rng, torch.empty(B, T, V))
@@ -131,18 +147,33 @@ def test_ignored_positions_reach_neither_value_nor_gradient(rng):
 # ------------------------------------------------------------------ memory
 
 
-class Largest(TorchDispatchMode):
-    """Remembers the largest tensor that any operation makes."""
+class Living(TorchDispatchMode):
+    """The largest tensor that any operation makes, and the most elements that live at a time."""
 
     def __init__(self):
         super().__init__()
-        self.size = 0
+        self.largest = self.now = self.most = 0
+        self._known = weakref.WeakKeyDictionary()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        sizes = [leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
-        self.size = max([self.size, *sizes])
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self.largest = max(self.largest, leaf.numel())
+                self._hold(leaf.untyped_storage(), leaf.element_size())
         return out
+
+    def _hold(self, storage, size):
+        if storage in self._known:
+            return
+        count = storage.nbytes() // size
+        self._known[storage] = True
+        self.now += count
+        self.most = max(self.most, self.now)
+        weakref.finalize(storage, self._drop, count)
+
+    def _drop(self, count):
+        self.now -= count
 
 
 class Reader(nn.Module):
@@ -161,23 +192,32 @@ class Reader(nn.Module):
 
 @pytest.mark.parametrize("vectorize", [True, False])
 def test_all_logits_never_exist(rng, monkeypatch, vectorize):
-    """512 words, 8 × 4 tokens, 2 chains: blocks of 8 tokens, not 24."""
+    """512 words, 2 chains of 8 × 13 tokens: blocks of 8 tokens, not 96, and few at a time."""
     monkeypatch.setattr(_head, "_BLOCK", 8 * 512)
-    ids = torch.randint(512, (8, 4), generator=rng)
+    ids = torch.randint(512, (8, 13), generator=rng)
     chunked, plain = Reader().double(), Reader().double()
     plain.load_state_dict(chunked.state_dict())
     plain.chunked_head = False
-    largest, found = [], []
+    seen, found = [], []
     for model in (chunked, plain):
         task = bi.Task(model, LM, train=(ids, ids), query=(ids, ids))
         w = task.flatten(task.params)
         w = torch.stack([w, w + 0.1])
         functions, batch = ChainFunctions(task, vectorize), task.train.batch()
-        with Largest() as seen:
-            found.append([*functions.loss_grad(w, batch, shared=True),
-                          *functions.observe(w, batch, ["token_losses"])])  # fmt: skip
-        largest.append(seen.size)
+
+        def run(w=w, functions=functions, batch=batch):
+            gradient, losses = functions.loss_grad(w, batch, shared=True)
+            return gradient, losses, *functions.observe(w, batch, ["token_losses"])
+
+        run()  # records
+        with Living() as memory:
+            found.append(run())
+        seen.append(memory)
     for got, expected in zip(*found, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
-    assert largest[0] <= 2 * 8 * 512  # a block of all chains; no less than their weights
-    assert largest[1] >= 8 * 3 * 512 * (2 if vectorize else 1)
+    chains = 2 if vectorize else 1
+    block, whole = (chains * tokens * 512 for tokens in (8, 96))
+    assert seen[0].largest == max(block, len(w.flatten()))
+    assert seen[1].largest >= whole
+    assert seen[0].most < 10 * block
+    assert seen[1].most > 1.5 * whole
