@@ -9,6 +9,10 @@ one length, a power of two, but the last, which takes the rest as well: a run ca
 without its traces, as pairs of batches become one. They are as long as 12 batches over all chains
 allow (so there are 12 to 24, or one per chain where there are more chains): long batches are what
 strongly correlated draws need, and the t quantiles pay for the fewness.
+
+**Short batches.** With products ``P_b = Σ_{t∈b} x_t y_t`` over a batch, ``Σ_b P_b²`` is a matrix
+product too, of all ``x_s x_t`` with all ``y_s y_t`` of pairs of draws of one batch. For batches of
+up to four draws it costs less than to make every ``P_b``.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from bayesinf._batch_sums import BatchSums, Estimates, estimate
+from bayesinf._batch_sums import BatchSums, Estimates, degrees_of_freedom, estimate
 
 __all__ = [
     "CrossCovariance",
@@ -34,6 +38,7 @@ __all__ = [
 
 MIN_BATCHES = 12
 _BLOCK_VALUES = 1 << 23
+_SHORT, _SHORT_VALUES = 4, 1 << 18
 
 
 @dataclass(frozen=True)
@@ -149,6 +154,8 @@ def cross_covariance(
         If there are too few draws, or a correlation is wanted of a loss that never varies.
     """
     slices = batch_slices(x.shape[0], x.shape[1], batches_per_chain)
+    if slices[0].stop <= _SHORT and not (correlation or replicates):
+        return _of_short_batches(x, y, slices, center == "chain", block)
     blocks = _blocks(x, y, slices, columns_at_a_time(block, x.shape[0] * len(slices), x.shape[2]))
     return combine(blocks, (x.shape[2], y.shape[2]), center, correlation, replicates)
 
@@ -198,3 +205,62 @@ def _blocks(
                 y_sum[b], y_square[b] = yb.sum(axis=0), np.einsum("tn,tn->n", yb, yb)
         owner = np.repeat(np.arange(chains), per)
         yield columns, BatchSums(length, owner, x_sum, y_sum, x_square, y_square, product)
+
+
+def _of_short_batches(
+    x: np.ndarray, y: np.ndarray, slices: list[slice], by_chain: bool, block: int
+) -> CrossCovariance:
+    """Covariances and errors from products of draws, and of pairs of draws in one batch.
+
+    ``Σ_b (P_b − L_b V)² = Σ_b P_b² − V Σ_b (2L_b − Σ L²/Σ L) P_b``; all factors go to the narrow
+    arrays before the products, so that the wide ones are passed over as seldom as can be.
+    """
+    chains, draws = x.shape[:2]
+    length = np.array([s.stop - s.start for s in slices] * chains, dtype=np.float64)
+    total, second = chains * draws, (length**2).sum()
+    factor, scale = total / (total - 1), 1 / ((total - second / total) * total)
+    shape = (x.shape[2], y.shape[2])
+    value, mcse, within = np.empty(shape), np.empty(shape), np.empty(shape)
+    xs, x_pairs, x_means = _centred_parts(x, slices, by_chain)
+    xs, x_pairs = xs * (factor / total), x_pairs * (factor**2 * scale)
+    x_means = x_means * (factor / chains)
+    of_length = (2 * length - second / total) * total * scale
+    weight = None if np.ptp(length) == 0 else np.repeat(of_length, length.astype(int))[:, None]
+    width = max(1, min(block, _SHORT_VALUES // shape[0]))
+    for start in range(0, shape[1], width):
+        own = slice(start, start + width)
+        ys, y_pairs, y_means = _centred_parts(y[:, :, own], slices, by_chain)
+        v, squares, disagreement = value[:, own], mcse[:, own], within[:, own]
+        np.matmul(xs.T, ys, out=v)
+        np.matmul(x_pairs.T, y_pairs, out=squares)
+        expected = v * of_length[0] if weight is None else (xs * weight).T @ ys
+        expected *= v
+        squares -= expected
+        np.abs(squares, out=squares)  # rounding may leave less than 0
+        np.sqrt(squares, out=squares)
+        np.matmul(x_means.T, y_means, out=disagreement)
+        np.subtract(v, disagreement, out=disagreement)
+    empty = value[None][:0]
+    return CrossCovariance(
+        value, mcse, within, len(length), degrees_of_freedom(length), length / total, empty, empty
+    )
+
+
+def _centred_parts(
+    values: np.ndarray, slices: list[slice], by_chain: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Centred values ``(C·T, n)``, products of their pairs in a batch, and means of the chains."""
+    mean = values.mean(axis=1 if by_chain else (0, 1), dtype=np.float64, keepdims=True)
+    centred = values - mean
+    chains, draws, n = values.shape
+    pairs, weight = [], []
+    for batch in slices:
+        for s in range(batch.start, batch.stop):
+            for t in range(s, batch.stop):
+                pairs.append((s, t))
+                weight.append(1.0 if s == t else np.sqrt(2.0))
+    first, then = np.array(pairs).T
+    products = centred[:, first] * centred[:, then]
+    products *= np.array(weight)[:, None]
+    flat = centred.reshape(chains * draws, n)
+    return flat, products.reshape(chains * len(pairs), n), centred.mean(axis=1)

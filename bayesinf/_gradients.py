@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,7 +84,9 @@ class ChainFunctions:
             return [gradient, losses]
 
         given = (batch,) if weights is None else (batch, weights)
-        gradient, losses = self._run("loss_grad", one, position, given, shared)
+        gradient, losses = self._run(
+            "loss_grad", one, position, given, shared, partial(_loss_grad, self.task)
+        )
         return gradient, losses
 
     def observe(
@@ -106,10 +109,11 @@ class ChainFunctions:
         position: Tensor,
         given: tuple[Any, ...],
         shared: bool,
+        alone: Callable[..., list[Tensor]] | None = None,
     ) -> list[Tensor]:
-        """``one(row, *given)`` for every row of ``position``."""
+        """``one(row, *given)`` for every row of ``position``; ``alone``: the same, to be looped."""
         if not self.vectorize or (shared and not self._vectorize_shared):
-            return _loop(one, position, given, shared)
+            return _loop(alone or one, position, given, shared)
         leaves, spec = tree_flatten(given)
         key = (key, shared, position.shape, *((leaf.shape, leaf.dtype) for leaf in leaves))
         if key not in self._traces:
@@ -125,7 +129,7 @@ class ChainFunctions:
                 if self._forced:
                     raise
                 self._fall_back(error)
-                return _loop(one, position, given, shared)
+                return _loop(alone or one, position, given, shared)
         with torch.no_grad():
             return self._traces[key](position, *leaves)
 
@@ -138,15 +142,17 @@ class ChainFunctions:
         spec: TreeSpec,
         shared: bool,
     ) -> None:
-        """Check a fresh trace against the plain computation for the last chain."""
+        """Check a fresh trace against the plain computation for the last chain.
+
+        At the checkpoint: far from it, rounding alone may turn a gradient around.
+        """
         mine = tree_unflatten(leaves if shared else [leaf[-1] for leaf in leaves], spec)
+        start = self.task.flatten(self.task.params).to(position)
         with torch.no_grad():
-            traced = [out[-1] for out in self._traces[key](position, *leaves)]
+            traced = [out[-1] for out in self._traces[key](start.expand_as(position), *leaves)]
         tolerance = _TOLERANCE[self.task.module_dtype]
-        for got, expected in zip(traced, one(position[-1], *mine), strict=True):
+        for got, expected in zip(traced, one(start, *mine), strict=True):
             scale = expected.detach().abs().max()
-            if not bool(torch.isfinite(scale)):
-                continue  # a diverged chain is the driver's business
             error = float((got - expected.detach()).abs().max())
             if not error <= tolerance * float(scale + 1e-6):  # a NaN is no agreement
                 raise RuntimeError("its recorded operations do not reproduce its outputs")
@@ -162,6 +168,16 @@ class ChainFunctions:
             VectorizationWarning,
             stacklevel=2,
         )
+
+
+def _loss_grad(task: Task, w: Tensor, batch: Batch, weights: Tensor | None = None) -> list[Tensor]:
+    """Gradient and losses by autograd alone: ``torch.func.grad`` keeps what a second one needs."""
+    with torch.enable_grad():
+        params = {name: p.detach().requires_grad_() for name, p in task.unflatten(w).items()}
+        losses = task.losses(params, batch)
+        mean = (losses if weights is None else losses * weights).mean()
+        found = torch.autograd.grad(mean, list(params.values()), materialize_grads=True)
+    return [task.flatten(dict(zip(params, found, strict=True))), losses.detach()]
 
 
 def _loop(

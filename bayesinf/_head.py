@@ -71,10 +71,10 @@ class _Blockwise(torch.autograd.Function):
 
     @staticmethod
     def forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, label: Tensor) -> Tensor:
-        losses = [
-            _gaps(hidden[block], weight, bias, label[block]).logsumexp(1)
-            for block in _blocks(hidden, weight)
-        ]
+        losses = []
+        for block in _blocks(hidden, weight):
+            f = _precise(F.linear(hidden[block], weight, bias))
+            losses.append(F.cross_entropy(f, label[block], reduction="none"))
         return torch.cat(losses)
 
     @staticmethod

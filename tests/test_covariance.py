@@ -7,7 +7,8 @@ import pytest
 from scipy import stats
 from scipy.signal import lfilter
 
-from bayesinf._batch_sums import _freedom
+from bayesinf import _covariance
+from bayesinf._batch_sums import degrees_of_freedom
 from bayesinf._covariance import batch_slices, cross_covariance
 
 
@@ -67,7 +68,7 @@ def test_mcse_of_batches_of_several_lengths() -> None:
     sums = np.add.reduceat(z, edges[:-1], axis=1) - length * z.mean(1, keepdims=True)
     form = (sums**2).sum(1)
     assert form.mean() == pytest.approx(13 * (1 - ((length / 13) ** 2).sum()), rel=0.012)
-    assert 2 * form.mean() ** 2 / form.var() == pytest.approx(_freedom(length), rel=0.04)
+    assert 2 * form.mean() ** 2 / form.var() == pytest.approx(degrees_of_freedom(length), rel=0.04)
 
 
 @pytest.mark.parametrize("center", ["grand", "chain"])
@@ -193,3 +194,21 @@ def test_errors() -> None:
     constant = np.ones((2, 10, 1))
     with pytest.raises(ValueError, match="never vary"):
         cross_covariance(constant, constant, correlation=True)
+
+
+@pytest.mark.parametrize("center", ["grand", "chain"])
+@pytest.mark.parametrize(("chains", "draws"), [(2, 20), (2, 21), (4, 13), (1, 27), (12, 3)])
+def test_short_batches_are_as_long_ones(
+    monkeypatch: pytest.MonkeyPatch, chains: int, draws: int, center: str
+) -> None:
+    """Errors from pairs of draws against those from every batch's product, of one length or two."""
+    x, y = _normal((chains, draws, 3), 0), _normal((chains, draws, 7), 1)
+    y = 5.0 + y + 0.7 * x[..., :1] + np.arange(chains)[:, None, None]
+    assert batch_slices(chains, draws)[0].stop <= _covariance._SHORT
+    monkeypatch.setattr(_covariance, "_SHORT_VALUES", 2)
+    short = cross_covariance(x, y, center=center)
+    monkeypatch.setattr(_covariance, "_SHORT", 0)
+    long = cross_covariance(x, y, center=center)
+    for name in ("value", "mcse", "within", "share"):
+        np.testing.assert_allclose(getattr(short, name), getattr(long, name), rtol=1e-9, atol=1e-13)
+    assert (short.batches, short.freedom) == (long.batches, long.freedom)
