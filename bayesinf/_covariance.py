@@ -38,7 +38,8 @@ __all__ = [
 
 MIN_BATCHES = 12
 _BLOCK_VALUES = 1 << 23
-_SHORT, _SHORT_VALUES = 4, 1 << 18
+_SHORT, _TILE = 4, (128, 512)
+"""Longest of the short batches, and the rows and columns of results that stay in a cache."""
 
 
 @dataclass(frozen=True)
@@ -226,24 +227,36 @@ def _of_short_batches(
     x_means = x_means * (factor / chains)
     of_length = (2 * length - second / total) * total * scale
     weight = None if np.ptp(length) == 0 else np.repeat(of_length, length.astype(int))[:, None]
-    width = max(1, min(block, _SHORT_VALUES // shape[0]))
-    for start in range(0, shape[1], width):
-        own = slice(start, start + width)
-        ys, y_pairs, y_means = _centred_parts(y[:, :, own], slices, by_chain)
-        v, squares, disagreement = value[:, own], mcse[:, own], within[:, own]
-        np.matmul(xs.T, ys, out=v)
-        np.matmul(x_pairs.T, y_pairs, out=squares)
-        expected = v * of_length[0] if weight is None else (xs * weight).T @ ys
-        expected *= v
-        squares -= expected
-        np.abs(squares, out=squares)  # rounding may leave less than 0
-        np.sqrt(squares, out=squares)
-        np.matmul(x_means.T, y_means, out=disagreement)
-        np.subtract(v, disagreement, out=disagreement)
+    buffers = np.empty((3, _TILE[0] * _TILE[1]))
+    for start in range(0, shape[1], block):
+        ys, y_pairs, y_means = _centred_parts(y[:, :, start : start + block], slices, by_chain)
+        for rows, columns in _tiles(shape[0], ys.shape[1]):
+            size = rows.stop - rows.start, columns.stop - columns.start
+            v, squares, rest = (b[: size[0] * size[1]].reshape(size) for b in buffers)
+            out = rows, slice(start + columns.start, start + columns.stop)
+            np.matmul(xs[:, rows].T, ys[:, columns], out=v)
+            np.matmul(x_pairs[:, rows].T, y_pairs[:, columns], out=squares)
+            if weight is None:
+                np.multiply(v, of_length[0], out=rest)
+            else:
+                np.matmul((xs[:, rows] * weight).T, ys[:, columns], out=rest)
+            rest *= v
+            squares -= rest
+            np.abs(squares, out=squares)  # rounding may leave less than 0
+            np.sqrt(squares, out=mcse[out])
+            value[out] = v
+            np.matmul(x_means[:, rows].T, y_means[:, columns], out=rest)
+            np.subtract(v, rest, out=within[out])
     empty = value[None][:0]
     return CrossCovariance(
         value, mcse, within, len(length), degrees_of_freedom(length), length / total, empty, empty
     )
+
+
+def _tiles(rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
+    for i in range(0, rows, _TILE[0]):
+        for j in range(0, columns, _TILE[1]):
+            yield slice(i, min(i + _TILE[0], rows)), slice(j, min(j + _TILE[1], columns))
 
 
 def _centred_parts(

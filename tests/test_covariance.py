@@ -205,8 +205,8 @@ def test_short_batches_are_as_long_ones(
     x, y = _normal((chains, draws, 3), 0), _normal((chains, draws, 7), 1)
     y = 5.0 + y + 0.7 * x[..., :1] + np.arange(chains)[:, None, None]
     assert batch_slices(chains, draws)[0].stop <= _covariance._SHORT
-    monkeypatch.setattr(_covariance, "_SHORT_VALUES", 2)
-    short = cross_covariance(x, y, center=center)
+    monkeypatch.setattr(_covariance, "_TILE", (2, 3))
+    short = cross_covariance(x, y, center=center, block=4)
     monkeypatch.setattr(_covariance, "_SHORT", 0)
     long = cross_covariance(x, y, center=center)
     for name in ("value", "mcse", "within", "share"):
