@@ -37,10 +37,13 @@ from bayesinf.samplers._preconditioner import pull, push
 
 __all__ = ["GradientNoise", "GradientNoiseWarning", "excess_temperature", "gradient_noise"]
 
-_NUMBERS = 2**27
+_NUMBERS = 2**24
 """Numbers in all the gradients held at once; fewer are drawn where they would be more."""
 
 _FEWEST = 4
+
+_PER_PRODUCT = 8
+"""Gradients that cost about what two products with the Hessian do."""
 
 _CURVATURES = 4
 """Positions at which curvature along the noise is measured."""
@@ -105,7 +108,7 @@ def gradient_noise(
         Of the kernel, whose coordinates the noise is measured in.
     draws
         Independent batches per position, at least 4; fewer where all gradients together would be
-        more than ``2^27`` numbers.
+        more than ``2^24`` numbers.
     seed
         Of the batches.
     vectorize, chunk_size
@@ -146,11 +149,12 @@ def measure(
     if draws < _FEWEST:
         raise ValueError(f"draws must be at least {_FEWEST}; got {draws}.")
     draws = min(draws, max(_FEWEST, _NUMBERS // position.numel()))
-    found = []
-    for k in range(draws):
+    found = position.new_empty(draws, len(rows), position.shape[1])
+    order = [*range(0, draws, 2), *range(1, draws, 2)]  # the two halves one after the other
+    for place, k in enumerate(order):
         gradient = pull(preconditioner, batching.potential.grad(position, batching.stream.probe(k)))
-        found.append((gradient * _scale(state))[rows])
-    return _summarise(torch.stack(found))
+        found[place] = (gradient * _scale(state))[rows]
+    return _summarise(found)
 
 
 def _scale(state: State) -> Tensor | float:
@@ -159,10 +163,13 @@ def _scale(state: State) -> Tensor | float:
 
 
 def _summarise(rows: Tensor) -> GradientNoise:
-    """Of gradients ``(K, C, d)``: noise is what differs between the ``K``."""
+    """Of gradients ``(K, C, d)``: noise is what differs between the ``K``. Overwrites them.
+
+    The first ``⌈K/2⌉`` and the others are the two halves.
+    """
     draws, d = rows.shape[0], rows.shape[2]
-    halves = [_centred(rows[0::2]), _centred(rows[1::2])]
     noise = rows[0] - rows.mean(0)
+    halves = [_centre(half) for half in rows.split(-(-draws // 2))]
     trace = float(sum(half.square().sum(dtype=torch.float64) for half in halves)) / 2
     if trace == 0 or not math.isfinite(trace):
         return GradientNoise(trace, trace, trace, draws, noise[0], noise)
@@ -175,10 +182,12 @@ def _summarise(rows: Tensor) -> GradientNoise:
     return GradientNoise(trace / d, square / trace, largest, draws, top, noise)
 
 
-def _centred(rows: Tensor) -> Tensor:
+def _centre(rows: Tensor) -> Tensor:
     """``(K·C, d)`` with the mean over ``K`` taken off, scaled so that ``XᵀX`` estimates ``V``."""
     draws, chains, d = rows.shape
-    return (rows - rows.mean(0)).reshape(-1, d) / ((draws - 1) * chains) ** 0.5
+    rows -= rows.mean(0)
+    rows /= ((draws - 1) * chains) ** 0.5
+    return rows.view(-1, d)
 
 
 def excess_temperature(
@@ -197,8 +206,9 @@ def excess_temperature(
         return white
     kept = {name: value[alive[:_CURVATURES]] for name, value in state.items()}
     along = noise.sample[:_CURVATURES]
+    examples = _examples(batching, noise.draws, len(along))
     curvature = [
-        _curvature(batching.potential, kept, preconditioner, rows)
+        _curvature(batching.potential, kept, preconditioner, rows, examples)
         for rows in (along, noise.top.expand_as(along))
     ]
     share = uncompensated_share(sampler, batching.stream, torch.tensor(curvature)).tolist()
@@ -206,12 +216,23 @@ def excess_temperature(
     return {name: value * kept_share[name] for name, value in white.items()}
 
 
+def _examples(batching: Batching, draws: int, chains: int) -> Tensor | None:
+    """Examples ``(C, B)`` to measure curvature on, at no more cost than the noise; None for all."""
+    batches = [batching.stream.probe(k) for k in range(max(1, draws // _PER_PRODUCT))]
+    found = torch.cat([batch[:chains] for batch in batches if batch is not None], dim=1)
+    return found if found.shape[1] < batching.potential.posterior.task.n else None
+
+
 def _curvature(
-    potential: Potential, state: State, preconditioner: Preconditioner | None, rows: Tensor
+    potential: Potential,
+    state: State,
+    preconditioner: Preconditioner | None,
+    rows: Tensor,
+    examples: Tensor | None,
 ) -> float:
     """Mean of ``xᵀÃx / xᵀx`` over the rows, each at its position, at least the prior's share."""
     moved = push(preconditioner, rows * _scale(state))
-    inner = float((potential.hvp(state["position"], moved) * moved).sum())
+    inner = float((potential.hvp(state["position"], moved, examples) * moved).sum())
     least = potential.posterior.prior_precision * float(moved.square().sum())
     return max(inner, least, 1e-12) / float(rows.square().sum())
 
