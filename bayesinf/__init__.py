@@ -6,10 +6,13 @@ from bayesinf._calibration import Calibration, calibrate
 from bayesinf._chains import FailedChainsWarning
 from bayesinf._diagnostics import ConvergenceWarning, diagnose
 from bayesinf._disk import StoreError
+from bayesinf._families import sample_each
 from bayesinf._gradient_noise import GradientNoise, GradientNoiseWarning, gradient_noise
 from bayesinf._gradients import VectorizationWarning
 from bayesinf._language import CausalLM
+from bayesinf._learning_coefficient import llc, wbic
 from bayesinf._likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
+from bayesinf._observing import PaddingWarning
 from bayesinf._posterior import LocalPosterior
 from bayesinf._precision import PrecisionWarning
 from bayesinf._run import DivergenceError
@@ -20,6 +23,7 @@ from bayesinf._task import Task
 from bayesinf._traces import TraceStore, open_traces
 from bayesinf.attribution._astra import astra
 from bayesinf.attribution._bif import bif
+from bayesinf.attribution._checkpoints import influence_over_checkpoints
 from bayesinf.attribution._conjugate_gradient import conjugate_gradient
 from bayesinf.attribution._deflated_ekfac import deflated_ekfac
 from bayesinf.attribution._ekfac import ekfac
@@ -30,9 +34,13 @@ from bayesinf.attribution._group_influence import group_influence
 from bayesinf.attribution._hessian import hessian
 from bayesinf.attribution._kfac import kfac
 from bayesinf.attribution._lissa import lissa
+from bayesinf.attribution._prefilter import Candidates, prefilter
 from bayesinf.attribution._registry import METHODS
+from bayesinf.attribution._representation_similarity import representation_similarity
 from bayesinf.attribution._scoring import Scoring
 from bayesinf.attribution._shrunk import shrink
+from bayesinf.attribution._susceptibility import susceptibility
+from bayesinf.attribution._text_similarity import bm25, tf_idf
 from bayesinf.attribution._top_k import top_k
 from bayesinf.curvature import (
     Curvature,
@@ -46,6 +54,7 @@ from bayesinf.curvature import (
     source_damping,
 )
 from bayesinf.evaluation import (
+    AdamWRecipe,
     SGDRecipe,
     lds,
     lds_difference,
@@ -81,9 +90,11 @@ __all__ = [
     "SGHMC",
     "SGLD",
     "SGNHT",
+    "AdamWRecipe",
     "Batches",
     "Bernoulli",
     "Calibration",
+    "Candidates",
     "Categorical",
     "CausalLM",
     "ConvergenceWarning",
@@ -99,6 +110,7 @@ __all__ = [
     "LocalPosterior",
     "MonteCarloWarning",
     "NotPositiveDefiniteError",
+    "PaddingWarning",
     "PrecisionWarning",
     "Preconditioner",
     "RMSpropSGLD",
@@ -115,6 +127,7 @@ __all__ = [
     "VectorizationWarning",
     "astra",
     "bif",
+    "bm25",
     "calibrate",
     "conjugate_gradient",
     "deflated_ekfac",
@@ -128,25 +141,33 @@ __all__ = [
     "gradient_noise",
     "group_influence",
     "hessian",
+    "influence_over_checkpoints",
     "kfac",
     "lds",
     "lds_difference",
     "lds_table",
     "lissa",
+    "llc",
     "load_curvature",
     "make_scores",
     "noise_ceiling",
     "open_bank",
     "open_traces",
     "pbrf",
+    "prefilter",
     "random_subsets",
+    "representation_similarity",
     "response_gaps",
     "retrain",
     "sample",
+    "sample_each",
     "save_bank",
     "save_curvature",
     "shrink",
     "source_damping",
+    "susceptibility",
+    "tf_idf",
     "top_k",
     "train_one",
+    "wbic",
 ]

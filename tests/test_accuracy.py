@@ -139,7 +139,7 @@ def test_scores_that_are_not_precise_enough_say_what_it_takes() -> None:
 @pytest.mark.filterwarnings("ignore::bayesinf.ConvergenceWarning")
 def test_noise_alone_foretells_nothing(monkeypatch) -> None:
     traces = _sample(draws=60)
-    monkeypatch.setattr("bayesinf.attribution._bif.relative_mcse", lambda *_: 1.1)
+    monkeypatch.setattr("bayesinf.attribution._covariance_scores.median_relative", lambda *_: 1.1)
     with pytest.warns(bi.MonteCarloWarning, match="cannot be foretold: draw ten times"):
         bi.bif(traces, target_mcse=0.3)  # type: ignore[arg-type]
 

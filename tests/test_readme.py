@@ -21,7 +21,7 @@ def _blocks(language: str) -> list[str]:
 
 
 def test_the_examples_run_and_their_chains_are_good(tmp_path: Path) -> None:
-    first, errors, second = _blocks("python")
+    first, errors, second, _ = _blocks("python")
     assert len([line for line in first.splitlines() if line.strip()]) <= 16
     code = f"import torch\ntorch.set_num_threads(1)\n{first}\n{errors}\n{second}\n" + (
         "import numpy as np\n"
@@ -44,6 +44,55 @@ def test_the_examples_run_and_their_chains_are_good(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
     assert "no sign of trouble" in done.stdout
+
+
+TEXTS = """
+train_texts = [f"the {a} {v} the {b}" for a in ("cat", "dog") for v in ("sees", "likes")
+               for b in ("bird", "tree", "fox, and runs")]
+query_texts = ["the cat sees the tree", "the dog likes the bird"]
+"""
+CHECKPOINT = """
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
+
+torch.set_num_threads(1)
+byte = pre_tokenizers.ByteLevel
+tokens = Tokenizer(models.BPE())
+tokens.pre_tokenizer, tokens.decoder = byte(add_prefix_space=False), decoders.ByteLevel()
+tokens.train_from_iterator(train_texts, trainers.BpeTrainer(
+    vocab_size=290, special_tokens=["<end>"], initial_alphabet=byte.alphabet(),
+    show_progress=False))
+PreTrainedTokenizerFast(tokenizer_object=tokens, pad_token="<end>").save_pretrained("checkpoint")
+torch.manual_seed(0)
+GPTNeoXForCausalLM(GPTNeoXConfig(
+    vocab_size=290, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+    intermediate_size=16, max_position_embeddings=128, use_cache=False,
+)).save_pretrained("checkpoint")
+import bayesinf as bi
+"""
+
+
+def test_the_language_model_example_runs_on_a_checkpoint_on_disk(tmp_path: Path) -> None:
+    *_, example = _blocks("python")
+    code = (
+        TEXTS
+        + CHECKPOINT
+        + example
+        + (
+            "import numpy as np\n"
+            "whole = bi.bif(traces).influence.values\n"
+            "token = scores.influence.values\n"
+            "one = scores['query'].values == 0\n"
+            "summed = token[one].sum()\n"
+            "assert abs(summed - whole[0].sum()) < 1e-5 * abs(whole[0]).sum(), (summed, whole)\n"
+            "assert scores.influence.shape == classical.influence.shape\n"
+        )
+    )
+    command = [sys.executable, "-W", "error", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "<!doctype html>" in (tmp_path / "influence.html").read_text().lower()
 
 
 @pytest.mark.parametrize("extra", ["bench", "test"])
