@@ -131,6 +131,8 @@ def _bif(folder: Path, block: int, keep: int, stages: dict[str, Any]) -> dict[st
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         store = store_of(losses, block, Path(scratch) / "draws.zarr")
         del losses
+        with _stage(stages, "diagnosis"):  # once a store, whatever is then asked of it
+            bi.bif(store, query=0, train=0, center="grand")
         with _stage(stages, "sequence"):
             scores = bi.bif(store, center="grand")
         gap = np.abs(scores["influence"].values + tokens**2 * expected).max()

@@ -4,7 +4,8 @@ On the peers' small GPT-NeoX, the same SGLD run on both sides: 2 chains of 20 dr
 after 20 steps, minibatches of 32 sequences, and at every draw the losses of all tokens of 1,024
 training and 32 query sequences, kept on disk. Then the influence of 256 sequences on 256 others, of
 sequences and of tokens, from **its** draws on both sides: ours with standard errors, which it has
-not, sixteen query sequences at a time. The peer's attention is that of its own program (``eager``).
+not, sixteen query sequences at a time. Ours diagnoses the chains before the first scores of a
+store, which has a row of its own. The peer's attention is that of its own program (``eager``).
 
 Every program runs in a process of its own with the same number of threads; they take turns
 ``--repeats`` times, and medians are compared. Imports and the reading of the model come before the
@@ -80,6 +81,8 @@ def table_of(turns: Turns, block: int) -> list[Row]:
     pairs = {"sequence": block**2, "token": _size(theirs[0]["token_shape"])}
     for stage, count in pairs.items():
         rows += [_rate_row(scored, theirs, stage, count, key) for key in ("cpu_s", "wall_s")]
+    checked = f"{_median(scored, 'diagnosis', 'cpu_s'):.2f}"
+    rows.append(("diagnosis of the chains, cpu seconds", checked, "", "", "", ""))
     for stage in pairs:
         worst = max(report["differences"][stage] for report in scored)
         name = f"{stage} scores, largest difference"
