@@ -147,7 +147,8 @@ task = bi.Task(model, bi.CausalLM(), train=train, query=query, train_ids=names, 
 longest = train["input_ids"].shape[1]
 print(f"{task.dimension:,} weights, {task.n} documents of {longest} tokens at most")
 print(
-    f"{learnt.sum()} of 20 keepers are known after {epochs} epochs; the median probability is {chance.median():.2f}"
+    f"{learnt.sum()} of 20 keepers are known after {epochs} epochs; "
+    f"the median probability is {chance.median():.2f}"
 )
 
 # %% [markdown]
@@ -169,8 +170,8 @@ print(
 # the mean loss of a document, printed below, must not be far above that of the network itself.
 #
 # And the kernel: `bi.calibrate` would choose all this and a chain, but takes far more than a minute
-# here. EK-FAC underrates the stiffest directions of this network a hundredfold, so that a chain
-# with EK-FAC as its preconditioner must take tiny steps, each with a gradient over all documents.
+# here. EK-FAC underrates the stiffest directions of this network about a hundredfold, so that a
+# chain with it as preconditioner must take tiny steps, each with a gradient over all documents.
 # `EKFACLaplace` draws shaken networks from EK-FAC's Gaussian instead, independently and without
 # gradients. This makes the two methods relatives: both believe the same curvature. But EK-FAC
 # takes the losses to be linear in the weights, and BIF evaluates them as they are.
