@@ -54,7 +54,7 @@ def tiny() -> Any:
     checkpoint = bi.train_one(network, bi.Gaussian(), RECIPE, train=data()[0], seed=0)
     return SimpleNamespace(
         name="tiny", data=data, checkpoint=lambda: checkpoint, likelihood=bi.Gaussian(),
-        recipe=RECIPE, bank=bank,
+        recipe=RECIPE, weight_decay=RECIPE.weight_decay, bank=bank,
     )  # fmt: skip
 
 
