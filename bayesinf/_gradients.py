@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.func import grad_and_value
 from torch.nn.modules.conv import _ConvNd
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from bayesinf._data import Batch
 from bayesinf._task import Measurement, Task
@@ -28,6 +28,8 @@ from bayesinf._tracing import record
 __all__ = ["ChainFunctions", "VectorizationWarning"]
 
 _MAX_VECTORIZED_PARAMETERS = 1_000_000
+_AT_ONCE = 16
+"""Examples of one backward pass of networks with more parameters."""
 
 _TOLERANCE = {
     torch.float64: 1e-8,
@@ -171,13 +173,36 @@ class ChainFunctions:
 
 
 def _loss_grad(task: Task, w: Tensor, batch: Batch, weights: Tensor | None = None) -> list[Tensor]:
-    """Gradient and losses by autograd alone: ``torch.func.grad`` keeps what a second one needs."""
+    """Gradient and losses of one chain by autograd alone, a few examples at a time.
+
+    ``torch.func.grad`` would keep what a second derivative needs. Of a large network, activations
+    of all examples take more memory than a processor has near it.
+    """
+    params = task.unflatten(w)
+    given = (batch,) if weights is None else (batch, weights)
+    size = len(tree_leaves(batch)[0])
+    step = _AT_ONCE if task.dimension > _MAX_VECTORIZED_PARAMETERS else max(1, size)
+    total: Tensor | None = None
+    found = []
+    for start in range(0, size, step):
+        part = tree_map(lambda leaf, start=start: leaf[start : start + step], given)
+        gradient, losses = _sum_grad(task, params, *part)
+        total = gradient if total is None else total.add_(gradient)
+        found.append(losses)
+    assert total is not None
+    return [total.div_(size), torch.cat(found)]
+
+
+def _sum_grad(
+    task: Task, params: dict[str, Tensor], batch: Batch, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Gradient of the sum of losses, weighted or not, and the losses."""
     with torch.enable_grad():
-        params = {name: p.detach().requires_grad_() for name, p in task.unflatten(w).items()}
-        losses = task.losses(params, batch)
-        mean = (losses if weights is None else losses * weights).mean()
-        found = torch.autograd.grad(mean, list(params.values()), materialize_grads=True)
-    return [task.flatten(dict(zip(params, found, strict=True))), losses.detach()]
+        leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
+        losses = task.losses(leaves, batch)
+        total = (losses if weights is None else losses * weights).sum()
+        found = torch.autograd.grad(total, list(leaves.values()), materialize_grads=True)
+    return task.flatten(dict(zip(leaves, found, strict=True))), losses.detach()
 
 
 def _loop(

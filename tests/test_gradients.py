@@ -311,3 +311,29 @@ def test_a_diverged_chain_does_not_end_vectorisation(rng):
         reduction="none",
     )
     close(got[0], exact)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_large_networks_take_few_examples_at_a_time(monkeypatch, weighted):
+    """Pieces of 3, 3 and 1 examples give the gradient and losses of all 7 at once."""
+    seen = []
+
+    class Counting(nn.Linear):
+        def forward(self, x):
+            seen.append(len(x))
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    x, y = torch.randn(7, 4, dtype=torch.float64), torch.randint(3, (7,))
+    task = bi.Task(Counting(4, 3).double(), bi.Categorical(), train=(x, y), query=(x, y))
+    w = torch.stack([task.flatten(task.params) + 0.1 * c for c in range(2)])
+    weights = torch.rand(7, dtype=torch.float64) if weighted else None
+    functions, batch = ChainFunctions(task, vectorize=False), task.train.batch()
+    expected = functions.loss_grad(w, batch, shared=True, weights=weights)
+    monkeypatch.setattr(_gradients, "_MAX_VECTORIZED_PARAMETERS", 1)
+    monkeypatch.setattr(_gradients, "_AT_ONCE", 3)
+    seen.clear()
+    got = functions.loss_grad(w, batch, shared=True, weights=weights)
+    assert seen == [3, 3, 1] * 2
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)

@@ -153,11 +153,9 @@ def score_pairs(
 
 
 def _scores(found: CrossCovariance, scale: float) -> dict[str, np.ndarray]:
-    block = {
-        "influence": -scale * found.value,
-        "mcse": scale * found.mcse,
-        "influence_within": -scale * found.within,
-    }
+    block = {"influence": found.value, "mcse": found.mcse, "influence_within": found.within}
+    for name, array in block.items():  # in place: a block is as large as a cache
+        array *= scale if name == "mcse" else -scale
     if len(found.deleted):
         block["influence_replicate"] = -scale * found.deleted
         block["influence_half"] = -scale * found.halves
