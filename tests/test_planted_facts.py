@@ -68,7 +68,7 @@ def test_source_is_in_the_top_five(experiment: dict[str, Any], method: Any) -> N
 def test_top_token_of_the_source_lies_in_its_sentence(
     experiment: dict[str, Any], method: str
 ) -> None:
-    """A sixth to a third of a source's tokens are the sentence's."""
+    """Fewer than half of a source's tokens are the sentence's."""
     scores = experiment["tokens"][method]
     inside = []
     for q, row in enumerate(scores["influence"].values):
