@@ -37,7 +37,7 @@ from bayesinf.samplers._preconditioner import pull, push
 
 __all__ = ["GradientNoise", "GradientNoiseWarning", "excess_temperature", "gradient_noise"]
 
-_NUMBERS = 2**24
+_NUMBERS = 2**23
 """Numbers in all the gradients held at once; fewer are drawn where they would be more."""
 
 _FEWEST = 4
@@ -111,7 +111,7 @@ def gradient_noise(
         Of the kernel, whose coordinates the noise is measured in.
     draws
         Independent batches per position, at least 4; fewer where all gradients together would be
-        more than ``2^24`` numbers.
+        more than ``2^23`` numbers.
     seed
         Of the batches.
     vectorize, chunk_size
@@ -173,15 +173,16 @@ def _summarise(rows: Tensor) -> GradientNoise:
     draws, d = rows.shape[0], rows.shape[2]
     noise = rows[0] - rows.mean(0)
     halves = [_centre(half) for half in rows.split(-(-draws // 2))]
-    trace = float(sum(half.square().sum(dtype=torch.float64) for half in halves)) / 2
+    inner = [half @ half.T for half in halves]
+    trace = float(sum(own.double().trace() for own in inner)) / 2
     if trace == 0 or not math.isfinite(trace):
         return GradientNoise(trace, trace, trace, draws, noise[0], noise)
     cross = (halves[0] @ halves[1].T).double()  # of independent halves
-    vectors = torch.linalg.eigh((halves[0] @ halves[0].T).double())[1]
+    vectors = torch.linalg.eigh(inner[0].double())[1]
     top = halves[0].T @ vectors[:, -1].to(rows)
     top /= top.norm()
     square = float(cross.square().sum())
-    largest = float((halves[1] @ top).square().sum(dtype=torch.float64))
+    largest = float((halves[1] @ top).double().square().sum())
     return GradientNoise(trace / d, square / trace, largest, draws, top, noise)
 
 

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from bayesinf._data import Batch, trimmed
 from bayesinf._gradients import ChainFunctions
+from bayesinf._head import Head
 from bayesinf._plan import Plan
 from bayesinf._task import Measurement, Task
 from bayesinf._tokens import token_losses
@@ -27,6 +28,7 @@ from bayesinf._tokens import token_losses
 __all__ = ["Observer", "PaddingWarning", "fitting"]
 
 _OUTPUT_VALUES = 1 << 22
+_STATES = 16
 _LENGTHS = 8
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 
@@ -144,11 +146,15 @@ def fitting(task: Task, limit: int, chains: int) -> int:
     """Examples, up to ``limit``, whose outputs of all chains at once stay near the processor.
 
     A language model's logits are most of what it computes in bytes; read again from memory for
-    the losses, they cost more than the products that they come from.
+    the losses, they cost more than the products that they come from. Where logits are never made,
+    it is what a layer computes on its way, about sixteen times its hidden states.
     """
     with torch.no_grad():
         outputs = task.outputs(task.params, task.train.batch(slice(0, 1)), head=True)
-    values = sum(leaf.numel() for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor))
+    if isinstance(outputs, Head):
+        values = _STATES * outputs.hidden.numel()
+    else:
+        values = sum(leaf.numel() for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor))
     return max(1, min(limit, _OUTPUT_VALUES // max(1, values * chains)))
 
 
