@@ -31,6 +31,9 @@ __all__ = ["LocalRange", "find_temperature", "look_at", "virial"]
 _BRACKET = 8
 """Factors of 10 by which the search for a bracket may move."""
 
+_COLDER, _DEPARTURE = 1e3, 3.0
+"""``nβ E[T]``, which a quadratic loss holds constant, may rise so far above what it is colder."""
+
 
 @dataclass(frozen=True)
 class LocalRange:
@@ -78,6 +81,11 @@ def find_temperature(
 ) -> LocalRange:
     """Find the hottest ``nβ`` at which the virial ratio of Laplace draws is at least ``ratio``.
 
+    The ratio is a slope, ``1/v = d log E[T] / d log(1/nβ)``, and far out, where a network with norm
+    layers grows linearly again, it comes back to 1 and above. What the slopes add up to does not:
+    ``nβ E[T]`` must also stay within three times what it is a thousand times colder than where the
+    search begins.
+
     Parameters
     ----------
     potential
@@ -103,9 +111,15 @@ def find_temperature(
         raise ValueError(f"virial must lie between 0 and 1, such as 0.75; got {ratio}.")
     tried: dict[float, tuple[float, float]] = {}
 
-    def local(n_beta: float) -> bool:
+    def look(n_beta: float) -> float:
         tried[n_beta] = virial(potential, noise / n_beta**0.5)
-        return tried[n_beta][0] >= ratio
+        return n_beta * tried[n_beta][1]
+
+    quadratic = look(start * _COLDER)
+
+    def local(n_beta: float) -> bool:
+        departure = look(n_beta) / quadratic if quadratic > 0 else 1.0
+        return departure <= _DEPARTURE and tried[n_beta][0] >= ratio
 
     # The hot end of the local range: whatever lies far on its cold side does not matter.
     cold = hot = start

@@ -90,6 +90,30 @@ def test_the_temperature_is_where_the_ratio_crosses(start: float) -> None:
     )
 
 
+class Wall(nn.Module):
+    """Loss ``s + 10⁴ s²/(1 + s)^1.5`` of ``s = |w|²``: quadratic, then steep, then linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.full((3,), 1e-9, dtype=torch.float64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        s = (self.w**2).sum()
+        return (2 * (s + 1e4 * s**2 / (1 + s) ** 1.5)).sqrt().expand(len(x), 1)
+
+
+@pytest.mark.parametrize("start", [1.0, 1e3, 1e6])
+def test_a_range_far_out_where_the_ratio_is_good_again_is_not_local(start: float) -> None:
+    x, y = torch.zeros(2, 1, dtype=torch.float64), torch.zeros(2, 1, dtype=torch.float64)
+    own = bi.Task(Wall(), bi.Gaussian(), train=(x, y), query=(x, y))
+    potential = unit(own).bind(vectorize=False)
+    far = look_at(potential, NOISE, 1.0).tried[0]
+    assert far[1] > 0.75  # the ratio alone would take it
+    found = find_temperature(potential, NOISE, start=start, ratio=0.75)
+    size = float((NOISE**2).sum(1).mean()) / found.n_beta
+    assert 1e-5 < size < 1e-4  # before the wall, which begins at 10⁻⁴
+
+
 def test_a_rescaled_loss_changes_nothing() -> None:
     one = find_temperature(unit(mixed()).bind(vectorize=False), NOISE, start=1.0, ratio=0.75)
     other = find_temperature(unit(mixed(7.0)).bind(vectorize=False), NOISE, start=1.0, ratio=0.75)
