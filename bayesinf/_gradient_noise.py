@@ -222,9 +222,11 @@ def excess_temperature(
 
 def _examples(batching: Batching, draws: int, chains: int) -> Tensor | None:
     """Examples ``(C, B)`` to measure curvature on, at no more cost than the noise; None for all."""
-    batches = [batching.stream.probe(k) for k in range(max(1, draws // _PER_PRODUCT))]
+    batches = [batching.stream.probe(k) for k in range(draws)]
     found = torch.cat([batch[:chains] for batch in batches if batch is not None], dim=1)
-    return found if found.shape[1] < batching.potential.posterior.task.n else None
+    size = max(_AT_ONCE, found.shape[1] // _PER_PRODUCT)
+    found = found[:, :size]
+    return found if size < batching.potential.posterior.task.n else None
 
 
 def _curvature(

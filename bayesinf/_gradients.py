@@ -22,6 +22,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from bayesinf._data import Batch
+from bayesinf._linear import FusedLinear
 from bayesinf._task import Measurement, Task
 from bayesinf._tracing import record
 
@@ -100,7 +101,11 @@ class ChainFunctions:
             params = self.task.unflatten(w)
             return [self.task.measure(m, params, batch) for m in measurements]
 
-        return self._run(("observe", *measurements), one, position, (batch,), True)
+        def alone(w: Tensor, batch: Batch) -> list[Tensor]:
+            with FusedLinear():
+                return one(w, batch)
+
+        return self._run(("observe", *measurements), one, position, (batch,), True, alone)
 
     # ------------------------------------------------------------------ how it runs
 

@@ -28,7 +28,7 @@ from bayesinf._tokens import token_losses
 __all__ = ["Observer", "PaddingWarning", "fitting"]
 
 _OUTPUT_VALUES = 1 << 22
-_STATES = 16
+_STATES = 32
 _LENGTHS = 8
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 
@@ -147,7 +147,7 @@ def fitting(task: Task, limit: int, chains: int) -> int:
 
     A language model's logits are most of what it computes in bytes; read again from memory for
     the losses, they cost more than the products that they come from. Where logits are never made,
-    it is what a layer computes on its way, about sixteen times its hidden states.
+    it is what layers compute on their way, a few tens of times the hidden states.
     """
     with torch.no_grad():
         outputs = task.outputs(task.params, task.train.batch(slice(0, 1)), head=True)

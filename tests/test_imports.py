@@ -106,6 +106,7 @@ LAYERS = {  # what a module may need of the package, at most
     "bayesinf._language": {"_head"},
     "bayesinf._likelihoods": {"_language", "_head"},
     "bayesinf._data": set(),
+    "bayesinf._linear": set(),
     "bayesinf._tracing": set(),
     "bayesinf._rng": set(),
     "bayesinf._parameters": set(),
@@ -113,11 +114,11 @@ LAYERS = {  # what a module may need of the package, at most
     "bayesinf._task": {"_data", "_likelihoods", "_language", "_head", "_parameters", "_checkpoint"},
     "bayesinf._gradients": {
         "_task", "_data", "_likelihoods", "_language", "_head", "_parameters", "_checkpoint",
-        "_tracing",
+        "_linear", "_tracing",
     },
     "bayesinf._posterior": {
         "_task", "_data", "_likelihoods", "_language", "_head", "_parameters", "_checkpoint",
-        "_gradients", "_tracing",
+        "_gradients", "_linear", "_tracing",
     },
 }  # fmt: skip
 
