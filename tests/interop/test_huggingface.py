@@ -221,7 +221,9 @@ def test_tied_weights_count_once(name, rng):
     inputs, labels = one.train.batch()
     LM.loss(model(**inputs), labels).mean().backward()
     assert len(LENGTHS) == len(labels)
-    close(got[0], torch.cat([p.grad.flatten() for p in model.parameters()]), 1e-9)
+    # Qwen's norms round to float32 inside, whatever the rest
+    tolerance = {"gpt2": 1e-9, "qwen2": 1e-5}[name]
+    close(got[0], torch.cat([p.grad.flatten() for p in model.parameters()]), tolerance)
 
 
 # ------------------------------------------------------------------ classification
