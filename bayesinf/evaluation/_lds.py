@@ -8,8 +8,7 @@ one, keeping it lowers both sides, and a good method has a positive LDS.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -32,6 +31,7 @@ from bayesinf.evaluation._statistics import (
     spearman,
     split_half_ceiling,
 )
+from bayesinf.evaluation._tables import Named, named, with_costs
 
 __all__ = ["lds", "lds_difference", "lds_table", "noise_ceiling"]
 
@@ -195,7 +195,7 @@ def noise_ceiling(
 
 
 def lds_table(
-    scores: Mapping[str, xr.Dataset] | Sequence[xr.Dataset],
+    scores: Named,
     bank: xr.Dataset,
     *,
     measurement: str = "loss",
@@ -218,8 +218,9 @@ def lds_table(
         By ``scorer``, the name of the scores: ``lds``, ``standard_error``, ``subset_error``,
         ``query_error``, ``lower``, ``upper``, ``relative`` (LDS / ceiling; absent with a single
         seed), ``mcse``, ``reliability`` and ``attenuation`` (where any scores have replicates, NaN
-        for those without), ``seconds`` (from ``attrs["seconds"]``, summed over stages, NaN where
-        unknown) and ``lds_query (scorer, query)``; scalar ``ceiling``.
+        for those without), ``lds_query (scorer, query)`` and what the scores cost: ``seconds``
+        (summed over stages), ``forward_examples``, ``backward_examples``, ``peak_memory``, NaN
+        where unknown; scalar ``ceiling``.
 
     Raises
     ------
@@ -227,10 +228,10 @@ def lds_table(
         As in :func:`lds`; if names repeat, queries differ, or scores of single checkpoints and
         ensembles are mixed.
     """
-    named = _named(scores)
-    names = list(named)
-    check_same_kind(list(named.values()), names)
-    query = named[names[0]]["query"].values
+    methods = named(scores)
+    names = list(methods)
+    check_same_kind(list(methods.values()), names)
+    query = methods[names[0]]["query"].values
     rows = [
         lds(
             own.sel(query=query),
@@ -240,13 +241,13 @@ def lds_table(
             confidence=confidence,
             constant=constant,
         )
-        for own in named.values()
+        for own in methods.values()
     ]
     noise = {str(name) for row in rows for name in row.data_vars} - set(rows[0].data_vars)
     noise |= {name for name in ("mcse", "reliability", "attenuation") if name in rows[0]}
     rows = [row.assign({name: np.nan for name in noise if name not in row}) for row in rows]
     table = xr.concat(rows, dim="scorer", combine_attrs="drop").assign_coords(scorer=names)
-    table["seconds"] = ("scorer", [_seconds(own) for own in named.values()])
+    table = with_costs(table, methods)
     table.attrs = {
         key: value for key, value in rows[0].attrs.items() if key not in ("method", "monte_carlo")
     }
@@ -299,25 +300,3 @@ def _attrs(bank: xr.Dataset, measurement: str, queries: str, confidence: float) 
         "seeds": bank.sizes["seed"],
         **found,
     }
-
-
-def _named(scores: Mapping[str, xr.Dataset] | Sequence[xr.Dataset]) -> dict[str, xr.Dataset]:
-    if not len(scores):
-        raise ValueError("lds_table needs the scores of at least one method; got none.")
-    if isinstance(scores, Mapping):
-        return dict(scores)
-    names = [method_name(own) for own in scores]
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise ValueError(
-            f"several scores are of the method {repeated}. Name them: "
-            f"lds_table({{'{repeated[0]}, damping 0.1': a, …}}, bank)."
-        )
-    return dict(zip(names, scores, strict=True))
-
-
-def _seconds(scores: xr.Dataset) -> float:
-    value = scores.attrs.get("seconds", np.nan)
-    if isinstance(value, str):
-        value = json.loads(value)
-    return float(sum(value.values())) if isinstance(value, dict) else float(value)
