@@ -29,7 +29,10 @@ from bayesinf._posterior import Potential
 __all__ = ["LocalRange", "find_temperature", "look_at", "virial"]
 
 _BRACKET = 8
-"""Factors of 10 by which the search for a bracket may move."""
+"""Factors of 10 that the search goes colder than where it begins."""
+
+_HOTTER = 10.0
+"""Factor that it may go hotter: noise is then three times as long as the weights."""
 
 _COLDER, _DEPARTURE = 1e3, 3.0
 """``nβ E[T]``, which a quadratic loss holds constant, may rise so far above what it is colder."""
@@ -43,7 +46,7 @@ class LocalRange:
     ----------
     n_beta
         The hottest ``nβ`` whose virial ratio is as wanted; where the search began if the loss is
-        quadratic at any.
+        local ten times as hot, too.
     tried
         All ``(nβ, v, E[T])`` that were looked at, by ``nβ``.
     """
@@ -84,7 +87,8 @@ def find_temperature(
     The ratio is a slope, ``1/v = d log E[T] / d log(1/nβ)``, and far out, where a network with norm
     layers grows linearly again, it comes back to 1 and above. What the slopes add up to does not:
     ``nβ E[T]`` must also stay within three times what it is a thousand times colder than where the
-    search begins.
+    search begins; and where a large damping leaves the loss little to say, no temperature beyond
+    ten times the first is looked at, as longer noise than that leaves nothing of the network.
 
     Parameters
     ----------
@@ -94,7 +98,7 @@ def find_temperature(
         Draws ``(K, d)`` from the Laplace approximation at ``nβ = 1``. The same ones, scaled by
         ``nβ^{-1/2}``, serve every temperature, so that the ratio is a smooth function of it.
     start
-        Where the search begins.
+        Where the search begins: where noise is as long as the weights.
     ratio
         Wanted virial ratio, in (0, 1).
     precision
@@ -124,10 +128,8 @@ def find_temperature(
     # The hot end of the local range: whatever lies far on its cold side does not matter.
     cold = hot = start
     if local(start):
-        while local(hot := hot / 10):
-            cold = hot
-            if hot < start * 10.0**-_BRACKET:
-                return LocalRange(start, _table(tried))  # quadratic: as good as any
+        if local(hot := start / _HOTTER):
+            return LocalRange(start, _table(tried))
     else:
         while not local(cold := cold * 10):
             hot = cold

@@ -76,7 +76,7 @@ def mixed(scale: float = 1.0) -> bi.Task:
     return bi.Task(Mixed(scale), bi.Gaussian(), train=(x, y), query=(x, y))
 
 
-@pytest.mark.parametrize("start", [1e-3, 1.0, 1e4])
+@pytest.mark.parametrize("start", [1e-3, 1.0, 50.0])
 def test_the_temperature_is_where_the_ratio_crosses(start: float) -> None:
     """v = (s² + s⁴ q)/(s² + 2 s⁴ q) with q = E|δ|⁴/E|δ|², so that v = r at s² q = (1−r)/(2r−1)."""
     q = float((NOISE**4).sum() / (NOISE**2).sum())
@@ -102,7 +102,7 @@ class Wall(nn.Module):
         return (2 * (s + 1e4 * s**2 / (1 + s) ** 1.5)).sqrt().expand(len(x), 1)
 
 
-@pytest.mark.parametrize("start", [1.0, 1e3, 1e6])
+@pytest.mark.parametrize("start", [1.0, 1e3, 1e5])
 def test_a_range_far_out_where_the_ratio_is_good_again_is_not_local(start: float) -> None:
     x, y = torch.zeros(2, 1, dtype=torch.float64), torch.zeros(2, 1, dtype=torch.float64)
     own = bi.Task(Wall(), bi.Gaussian(), train=(x, y), query=(x, y))
@@ -112,6 +112,13 @@ def test_a_range_far_out_where_the_ratio_is_good_again_is_not_local(start: float
     found = find_temperature(potential, NOISE, start=start, ratio=0.75)
     size = float((NOISE**2).sum(1).mean()) / found.n_beta
     assert 1e-5 < size < 1e-4  # before the wall, which begins at 10⁻⁴
+
+
+def test_noise_far_longer_than_the_weights_is_not_looked_at() -> None:
+    """The ratio crosses near nβ = 6; from 10⁴ the search looks at 10³, and stays where it was."""
+    found = find_temperature(unit(mixed()).bind(vectorize=False), NOISE, start=1e4, ratio=0.75)
+    assert found.n_beta == 1e4
+    assert min(n_beta for n_beta, *_ in found.tried) == 1e3
 
 
 def test_a_rescaled_loss_changes_nothing() -> None:
