@@ -40,7 +40,8 @@ class Likelihood(Protocol):
     Optional parts, each used by the methods in brackets: ``margin(outputs, target)`` [margins],
     ``sample(outputs, target, generator)`` [Fisher with sampled labels],
     ``fisher_factor(outputs, target)`` [enumerated Fisher, Gauss-Newton],
-    ``bregman(outputs, reference, target)`` [proximal Bregman objectives], ``token_losses(outputs,
+    ``bregman(outputs, reference, target)`` [proximal Bregman objectives], ``correct(outputs,
+    target)`` in [0, 1] [accuracy, flipped predictions], ``token_losses(outputs,
     target)`` in the target's shape with sum ``loss`` and ``token_mask(target)`` [scores per token],
     ``check(outputs, target)`` [readable errors for a target of the wrong kind]. The target tells
     ``sample`` and ``fisher_factor`` only which outputs count (positions that the loss leaves out).
@@ -141,6 +142,11 @@ class Categorical:
         others = outputs.scatter(1, target.unsqueeze(1), float("-inf")).logsumexp(1)
         return _per_example(label - others)
 
+    def correct(self, outputs: Tensor, target: Tensor) -> Tensor:
+        """Share of positions whose most probable class is the target (1 or 0 where one alone)."""
+        hits = (outputs.argmax(1) == target).to(outputs.dtype)
+        return hits if hits.ndim == 1 else hits.flatten(1).mean(1)
+
     def sample(self, outputs: Tensor, target: Tensor, generator: torch.Generator) -> Tensor:
         """Draw targets from the model's own predictive distribution."""
         probs = outputs.movedim(1, -1).softmax(-1)
@@ -229,6 +235,11 @@ class Bernoulli:
     def margin(self, outputs: Tensor, target: Tensor) -> Tensor:
         """Log-odds ``log p/(1−p)`` of the whole label vector, ``p = exp(−ℓ)``."""
         return _log_odds(self.loss(outputs, target))
+
+    def correct(self, outputs: Tensor, target: Tensor) -> Tensor:
+        """Share of output dimensions on the target's side of ½ (1 or 0 where one alone)."""
+        hits = ((outputs > 0) == (target > 0.5)).to(outputs.dtype)
+        return hits if hits.ndim == 1 else hits.flatten(1).mean(1)
 
     def sample(self, outputs: Tensor, target: Tensor, generator: torch.Generator) -> Tensor:
         """Draw labels from the model's own predictive distribution."""

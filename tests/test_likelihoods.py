@@ -77,6 +77,19 @@ def test_gaussian_and_bernoulli_losses(rng, shape):
     torch.testing.assert_close(bi.Bernoulli().loss(f, y), entropy, rtol=1e-11, atol=0)
 
 
+def test_correct_is_the_share_of_right_predictions():
+    f = torch.tensor([[[0.0, 2.0, 1.0], [1.0, 0.0, 0.0]], [[0.0, 0.0, 3.0], [-1.0, 5.0, 0.0]]])
+    assert bi.Categorical().correct(f[:, :, 2], torch.tensor([0, 1])).tolist() == [1, 0]
+    whole = bi.Categorical().correct(f, torch.tensor([[1, 1, 0], [0, 1, 0]]))
+    torch.testing.assert_close(whole, torch.tensor([2 / 3, 1.0]))
+    logits, labels = (
+        torch.tensor([[2.0, -1.0], [-3.0, 4.0]]),
+        torch.tensor([[1.0, 0.0], [1.0, 1.0]]),
+    )
+    assert bi.Bernoulli().correct(logits, labels).tolist() == [1.0, 0.5]
+    assert bi.Bernoulli().correct(logits[:, 0], labels[:, 0]).tolist() == [1.0, 0.0]
+
+
 def test_bernoulli_margin(rng):
     f = logits(rng, B, 1)
     sign = torch.tensor([[1.0], [0], [1], [0], [1]], dtype=torch.float64)
