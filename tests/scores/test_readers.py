@@ -161,7 +161,7 @@ def test_bergson_of_candidates(tmp_path):
     write_bergson(tmp_path, SCORES.T, candidates=candidates)
     data = read_bergson(tmp_path, sign="helpful", n=100)
     assert data["train"].values.tolist() == candidates.tolist()
-    np.testing.assert_array_equal(data.influence, -SCORES / 100)
+    np.testing.assert_allclose(data.influence, -SCORES / 100, rtol=1e-15)
 
 
 def test_bergson_refusals(tmp_path):
