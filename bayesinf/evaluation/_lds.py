@@ -8,7 +8,6 @@ one, keeping it lowers both sides, and a good method has a positive LDS.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -21,22 +20,25 @@ from bayesinf.evaluation._alignment import (
     check_same_kind,
     checkpoints,
     method_name,
-    outcomes,
 )
+from bayesinf.evaluation._ceiling import noise_ceiling
 from bayesinf.evaluation._monte_carlo import monte_carlo
 from bayesinf.evaluation._statistics import (
+    Correlation,
     MeanEstimate,
-    delete_one_spearman,
+    Queries,
+    correlations,
+    delete_one,
     mean_estimate,
-    spearman,
-    split_half_ceiling,
+    random_parts,
+    require_options,
 )
 from bayesinf.evaluation._tables import Named, named, with_costs
 
-__all__ = ["lds", "lds_difference", "lds_table", "noise_ceiling"]
+__all__ = ["Constant", "lds", "lds_difference", "lds_table"]
 
-Queries = Literal["random", "fixed"]
 Constant = Literal["raise", "zero"]
+_ROUNDING = 1e-20  # variances below this are rounding
 
 
 def lds(
@@ -44,6 +46,7 @@ def lds(
     bank: xr.Dataset,
     *,
     measurement: str = "loss",
+    correlation: Correlation = "spearman",
     queries: Queries = "random",
     confidence: float = 0.95,
     constant: Constant = "raise",
@@ -67,6 +70,8 @@ def lds(
         Ground truth from :func:`~bayesinf.evaluation.retrain`.
     measurement
         ``"loss"``, ``"margin"``, …: what the scores were made for.
+    correlation
+        ``"spearman"``, of ranks, as in the literature; or ``"pearson"``.
     queries
         ``"random"``: the interval is for the population of queries these were drawn from;
         ``"fixed"``: for these queries, where only subsets and seeds are random.
@@ -80,28 +85,33 @@ def lds(
     -------
     xr.Dataset
         Scalars ``lds``, ``standard_error`` (and its parts ``subset_error``, ``query_error``),
-        ``lower``, ``upper``; ``lds_query (query)``; with replicates also ``mcse``, ``reliability``
-        and ``attenuation``.
+        ``lower``, ``upper``; ``lds_query (query)`` and its ``lds_query_error``;
+        ``effective_queries``, how many queries with subset noise of their own would give the
+        mean this subset error: the mean variance of the queries' correlations over that of
+        their mean, NaN where neither varies; with replicates also ``mcse``, ``reliability`` and
+        ``attenuation``.
 
     Raises
     ------
     ValueError
         If ids or measurement of scores and bank differ, or a prediction or truth is constant.
     """
+    require_options(correlation, queries, confidence)
     aligned = align(scores, bank, measurement, constant)
-    values, deleted = _correlations(aligned)
+    values, deleted = _correlations(aligned, correlation)
     estimate = _estimate(values, deleted, queries, confidence)
     attrs = {
         "method": method_name(scores),
         "checkpoints": checkpoints(scores),
-        **_attrs(bank, measurement, queries, confidence),
+        **_attrs(bank, measurement, correlation, queries, confidence),
     }
-    noise = monte_carlo(scores, bank, measurement, constant, estimate.mean)
+    noise = monte_carlo(scores, bank, measurement, constant, correlation, estimate.mean)
     if noise:
         attrs["monte_carlo"] = (
             "mcse is apart from standard_error, lower and upper, which take the scores as they are"
         )
-    return _dataset("lds", estimate, values, aligned.query, attrs).assign(noise)
+    table = _dataset("lds", estimate, values, deleted, aligned.query, attrs)
+    return table.assign({**noise, "effective_queries": _effective(table)})
 
 
 def lds_difference(
@@ -110,6 +120,7 @@ def lds_difference(
     bank: xr.Dataset,
     *,
     measurement: str = "loss",
+    correlation: Correlation = "spearman",
     queries: Queries = "random",
     confidence: float = 0.95,
     constant: Constant = "raise",
@@ -123,75 +134,35 @@ def lds_difference(
     ----------
     a, b
         Scores of the same queries, in any order, of the same number of checkpoints.
-    bank, measurement, queries, confidence, constant
+    bank, measurement, correlation, queries, confidence, constant
         As in :func:`lds`.
 
     Returns
     -------
     xr.Dataset
         Scalars ``difference``, ``standard_error``, ``subset_error``, ``query_error``, ``lower``,
-        ``upper``; ``difference_query (query)``. Positive: ``a`` is better.
+        ``upper``; ``difference_query (query)``, ``difference_query_error``. Positive: ``a`` is
+        better.
 
     Raises
     ------
     ValueError
         As in :func:`lds`, and if one is of a single checkpoint and the other of an ensemble.
     """
+    require_options(correlation, queries, confidence)
     check_same_kind([a, b], [method_name(a), method_name(b)])
     first = align(a, bank, measurement, constant)
     second = align(b.sel(query=first.query), bank, measurement, constant)
-    pairs = zip(_correlations(first), _correlations(second), strict=True)
+    pairs = zip(_correlations(first, correlation), _correlations(second, correlation), strict=True)
     values, deleted = (x - y for x, y in pairs)
     estimate = _estimate(values, deleted, queries, confidence)
     attrs = {
         "method_a": method_name(a),
         "method_b": method_name(b),
         "checkpoints": checkpoints(a),
-        **_attrs(bank, measurement, queries, confidence),
+        **_attrs(bank, measurement, correlation, queries, confidence),
     }
-    return _dataset("difference", estimate, values, first.query, attrs)
-
-
-def noise_ceiling(
-    bank: xr.Dataset, measurement: str = "loss", *, query: Sequence[Any] | np.ndarray | None = None
-) -> xr.Dataset:
-    """LDS that the true effect of every subset would reach, given the noise of the seeds.
-
-    From split seeds: see :func:`bayesinf.evaluation._statistics.split_half_ceiling`. It is the
-    ceiling of *any* prediction; an additive one may not reach it, as effects need not add up.
-
-    Parameters
-    ----------
-    bank
-        Ground truth with at least two seeds.
-    measurement
-        ``"loss"``, ``"margin"``, ….
-    query
-        Ids to restrict it to; all by default.
-
-    Returns
-    -------
-    xr.Dataset
-        Scalar ``ceiling``, the mean over queries of ``ceiling_query (query)``.
-
-    Raises
-    ------
-    ValueError
-        If the bank has a single seed or lacks the measurement.
-    """
-    ids = bank["query"].values if query is None else np.asarray(query)
-    values = outcomes(bank, measurement, ids)
-    if values.shape[1] < 2:
-        raise ValueError(
-            "the noise ceiling compares seeds, and the bank has one. Retrain with two seeds or "
-            "more: retrain(..., seeds=range(6))."
-        )
-    ceiling = split_half_ceiling(values)
-    return xr.Dataset(
-        {"ceiling": ceiling.mean(), "ceiling_query": ("query", ceiling)},
-        coords={"query": ids},
-        attrs={"measurement": measurement, "seeds": values.shape[1], "subsets": len(values)},
-    )
+    return _dataset("difference", estimate, values, deleted, first.query, attrs)
 
 
 def lds_table(
@@ -199,6 +170,7 @@ def lds_table(
     bank: xr.Dataset,
     *,
     measurement: str = "loss",
+    correlation: Correlation = "spearman",
     queries: Queries = "random",
     confidence: float = 0.95,
     constant: Constant = "raise",
@@ -209,18 +181,19 @@ def lds_table(
     ----------
     scores
         Scores by name, or a list of them, named by ``attrs["method"]``.
-    bank, measurement, queries, confidence, constant
+    bank, measurement, correlation, queries, confidence, constant
         As in :func:`lds`.
 
     Returns
     -------
     xr.Dataset
         By ``scorer``, the name of the scores: ``lds``, ``standard_error``, ``subset_error``,
-        ``query_error``, ``lower``, ``upper``, ``relative`` (LDS / ceiling; absent with a single
-        seed), ``mcse``, ``reliability`` and ``attenuation`` (where any scores have replicates, NaN
-        for those without), ``lds_query (scorer, query)`` and what the scores cost: ``seconds``
-        (summed over stages), ``forward_examples``, ``backward_examples``, ``peak_memory``, NaN
-        where unknown; scalar ``ceiling``.
+        ``query_error``, ``lower``, ``upper``, ``effective_queries``, ``relative`` (LDS / ceiling;
+        absent with a single seed), ``mcse``, ``reliability`` and ``attenuation`` (where any scores
+        have replicates, NaN for those without), ``lds_query (scorer, query)``,
+        ``lds_query_error`` and what the scores cost: ``seconds`` (summed over stages),
+        ``forward_examples``, ``backward_examples``, ``peak_memory``, NaN where unknown; scalar
+        ``ceiling``.
 
     Raises
     ------
@@ -237,6 +210,7 @@ def lds_table(
             own.sel(query=query),
             bank,
             measurement=measurement,
+            correlation=correlation,
             queries=queries,
             confidence=confidence,
             constant=constant,
@@ -252,7 +226,8 @@ def lds_table(
         key: value for key, value in rows[0].attrs.items() if key not in ("method", "monte_carlo")
     }
     if bank.sizes["seed"] > 1:
-        table["ceiling"] = noise_ceiling(bank, measurement, query=query)["ceiling"]
+        found = noise_ceiling(bank, measurement, query=query, correlation=correlation)
+        table["ceiling"] = found["ceiling"]
         table["relative"] = table["lds"] / table["ceiling"]
     return table
 
@@ -260,18 +235,14 @@ def lds_table(
 # ---------------------------------------------------------------------------- helpers
 
 
-def _correlations(aligned: Aligned) -> tuple[np.ndarray, np.ndarray]:
+def _correlations(aligned: Aligned, kind: Correlation) -> tuple[np.ndarray, np.ndarray]:
     pair = aligned.prediction, aligned.truth
-    return spearman(*pair), delete_one_spearman(*pair)
+    return correlations(*pair, kind), delete_one(*pair, kind)
 
 
 def _estimate(
-    values: np.ndarray, deleted: np.ndarray, queries: str, confidence: float
+    values: np.ndarray, deleted: np.ndarray, queries: Queries, confidence: float
 ) -> MeanEstimate:
-    if queries not in ("random", "fixed"):
-        raise ValueError(f"queries must be 'random' or 'fixed'; got {queries!r}.")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must lie between 0 and 1, such as 0.95; got {confidence}.")
     return mean_estimate(values, deleted, random_queries=queries == "random", confidence=confidence)
 
 
@@ -279,23 +250,39 @@ def _dataset(
     name: str,
     estimate: MeanEstimate,
     values: np.ndarray,
+    deleted: np.ndarray,
     query: np.ndarray,
     attrs: dict[str, Any],
 ) -> xr.Dataset:
     scalars = asdict(estimate)
+    error = np.sqrt((len(deleted) - 1) * deleted.var(axis=0))
     return xr.Dataset(
-        {name: scalars.pop("mean"), **scalars, f"{name}_query": ("query", values)},
+        {
+            name: scalars.pop("mean"),
+            **scalars,
+            f"{name}_query": ("query", values),
+            f"{name}_query_error": ("query", error),
+        },
         coords={"query": query},
         attrs=attrs,
     )
 
 
-def _attrs(bank: xr.Dataset, measurement: str, queries: str, confidence: float) -> dict[str, Any]:
+def _effective(table: xr.Dataset) -> float:
+    """Mean variance of the queries' correlations over the variance of their mean; see `lds`."""
+    own = float((table["lds_query_error"] ** 2).mean())
+    return own / float(table["subset_error"]) ** 2 if own > _ROUNDING else np.nan
+
+
+def _attrs(
+    bank: xr.Dataset, measurement: str, correlation: str, queries: str, confidence: float
+) -> dict[str, Any]:
     found = {key: bank.attrs[key] for key in ("task", "bank", "fraction") if key in bank.attrs}
     return {
         "measurement": measurement,
-        "queries": queries,
+        "correlation": correlation,
         "confidence": confidence,
+        **random_parts(queries, "subsets", "seeds"),
         "subsets": bank.sizes["subset"],
         "seeds": bank.sizes["seed"],
         **found,

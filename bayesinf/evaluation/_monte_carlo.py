@@ -18,13 +18,19 @@ import numpy as np
 import xarray as xr
 
 from bayesinf.evaluation._alignment import align
-from bayesinf.evaluation._statistics import spearman, spearman_brown, spearman_to_pearson
+from bayesinf.evaluation._reliability import spearman_brown, spearman_to_pearson
+from bayesinf.evaluation._statistics import Correlation, correlations
 
 __all__ = ["jackknife_error", "monte_carlo"]
 
 
 def monte_carlo(
-    scores: xr.Dataset, bank: xr.Dataset, measurement: str, constant: str, value: float
+    scores: xr.Dataset,
+    bank: xr.Dataset,
+    measurement: str,
+    constant: str,
+    kind: Correlation,
+    value: float,
 ) -> dict[str, float]:
     """``mcse``, ``reliability`` and ``attenuation`` of an LDS; none without replicates.
 
@@ -35,6 +41,8 @@ def monte_carlo(
         ``influence_half (half, query, train)``, as from ``bif(traces, replicates=True)``.
     bank, measurement, constant
         As of :func:`bayesinf.lds`.
+    kind
+        Of the correlation.
     value
         The LDS.
 
@@ -48,12 +56,14 @@ def monte_carlo(
     deleted = []
     for one in scores["influence_replicate"].transpose("batch", ...):
         pair = align(_scores_of(one, scores), bank, measurement, constant)
-        deleted.append(float(spearman(pair.prediction, pair.truth).mean()))
-    halves = [
+        deleted.append(float(correlations(pair.prediction, pair.truth, kind).mean()))
+    first, second = [
         align(_scores_of(one, scores), bank, measurement, constant).prediction
         for one in scores["influence_half"].transpose("half", ...)
     ]
-    agreement = float(spearman_to_pearson(spearman(*halves).mean()))
+    agreement = float(correlations(first, second, kind).mean())
+    if kind == "spearman":
+        agreement = float(spearman_to_pearson(np.array(agreement)))
     reliability = float(spearman_brown(np.array(max(0.0, agreement)), 2))
     return {
         "mcse": jackknife_error(value, np.array(deleted), scores["batch_share"].values),

@@ -16,23 +16,53 @@ With ``θ_q`` the correlation of query q, ``θ̄`` their mean, ``θ̄₍ⱼ₎``
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import combinations
-from math import comb
+from typing import Any, Literal, get_args
 
 import numpy as np
 from scipy.stats import rankdata
 from scipy.stats import t as student_t
 
 __all__ = [
+    "Correlation",
     "MeanEstimate",
-    "delete_one_spearman",
+    "Queries",
+    "correlate",
+    "correlations",
+    "delete_one",
     "mean_estimate",
-    "pearson_to_spearman",
-    "spearman",
-    "spearman_brown",
-    "spearman_to_pearson",
-    "split_half_ceiling",
+    "random_parts",
+    "ranked",
+    "require_options",
+    "standardised",
 ]
+
+Correlation = Literal["spearman", "pearson"]
+"""Of ranks, or of the values themselves."""
+
+Queries = Literal["random", "fixed"]
+"""Whether an interval is for the population of the queries, or for these."""
+
+
+def require_options(correlation: str, queries: str, confidence: float) -> None:
+    """Check what all judges of correlations share.
+
+    Raises
+    ------
+    ValueError
+        If one of them is out of range.
+    """
+    if correlation not in get_args(Correlation):
+        raise ValueError(f"correlation must be 'spearman' or 'pearson'; got {correlation!r}.")
+    if queries not in get_args(Queries):
+        raise ValueError(f"queries must be 'random' or 'fixed'; got {queries!r}.")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie between 0 and 1, such as 0.95; got {confidence}.")
+
+
+def random_parts(queries: str, *others: str) -> dict[str, Any]:
+    """Attributes that say which queries an interval is for, and what is random in it."""
+    parts = [*others, "queries"] if queries == "random" else list(others)
+    return {"queries": queries, "random": ", ".join(parts) or "nothing"}
 
 
 def correlate(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -43,25 +73,38 @@ def correlate(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.where(scale > 0, (a * b).sum(axis=0) / np.where(scale > 0, scale, 1.0), 0.0)
 
 
-def spearman(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Spearman correlation over subsets of each query ``(Q,)``; 0 where a column is constant."""
-    return correlate(rankdata(prediction, axis=0), rankdata(truth, axis=0))
+def ranked(values: np.ndarray, kind: Correlation) -> np.ndarray:
+    """Values whose plain correlation is of the wanted kind: ranks over axis 0, or as they are."""
+    return rankdata(values, axis=0) if kind == "spearman" else values
 
 
-def delete_one_spearman(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Spearman correlations without subset ``j``, in row ``j`` of the result ``(M, Q)``.
+def standardised(values: np.ndarray, kind: Correlation) -> np.ndarray:
+    """Columns of mean 0 and norm 1, whose products are correlations; 0 where one is constant."""
+    x = ranked(values, kind)
+    x = x - x.mean(axis=0)
+    norm = np.sqrt((x**2).sum(axis=0))
+    return np.divide(x, norm, out=np.zeros_like(x), where=norm > 0)
+
+
+def correlations(prediction: np.ndarray, truth: np.ndarray, kind: Correlation) -> np.ndarray:
+    """Correlation over subsets of each query ``(Q,)``; 0 where a column is constant."""
+    return correlate(ranked(prediction, kind), ranked(truth, kind))
+
+
+def delete_one(prediction: np.ndarray, truth: np.ndarray, kind: Correlation) -> np.ndarray:
+    """Correlations without subset ``j``, in row ``j`` of the result ``(M, Q)``.
 
     Leaving out ``x_j`` lowers the rank of every larger value by 1 and of a tied one by ½.
     """
-    ranks = rankdata(prediction, axis=0), rankdata(truth, axis=0)
+    pair = [(x, ranked(x, kind)) for x in (prediction, truth)]
     result = np.empty(prediction.shape)
     for j in range(len(prediction)):
         keep = np.arange(len(prediction)) != j
-        pair = [
-            (r - (x > x[j]) - 0.5 * (x == x[j]))[keep]
-            for x, r in zip((prediction, truth), ranks, strict=True)
-        ]
-        result[j] = correlate(*pair)
+        if kind == "spearman":
+            left = [(r - (x > x[j]) - 0.5 * (x == x[j]))[keep] for x, r in pair]
+        else:
+            left = [x[keep] for x, _ in pair]
+        result[j] = correlate(*left)
     return result
 
 
@@ -122,68 +165,3 @@ def mean_estimate(
         lower=mean - margin,
         upper=mean + margin,
     )
-
-
-def spearman_to_pearson(rho: np.ndarray) -> np.ndarray:
-    """Pearson correlation of a Gaussian pair with Spearman correlation ``ρ``: ``2 sin(πρ/6)``."""
-    return 2 * np.sin(np.pi * np.asarray(rho) / 6)
-
-
-def pearson_to_spearman(rho: np.ndarray) -> np.ndarray:
-    """Spearman correlation of a Gaussian pair with Pearson correlation ``ρ``: ``6/π asin(ρ/2)``."""
-    return 6 / np.pi * np.arcsin(np.asarray(rho) / 2)
-
-
-def spearman_brown(reliability: np.ndarray, factor: float) -> np.ndarray:
-    """Reliability of a mean of ``factor`` times as many runs, ``kρ / (1 + (k−1)ρ)``."""
-    return factor * reliability / (1 + (factor - 1) * reliability)
-
-
-def split_half_ceiling(outcomes: np.ndarray, *, splits: int = 200, seed: int = 0) -> np.ndarray:
-    r"""Spearman correlation that the true effect of a subset reaches with the mean of ``R`` runs.
-
-    Seeds are split into two halves of ``h = ⌊R/2⌋`` runs, the halves' means rank-correlated over
-    subsets, and the correlation averaged over splits: ``ρ_h`` on the Pearson scale. The mean of all
-    runs then has reliability ``ρ_R = kρ_h/(1 + (k−1)ρ_h)``, ``k = R/h``, a perfect prediction
-    reaches Pearson ``√ρ_R`` and Spearman ``(6/π) asin(√ρ_R/2)``.
-
-    Parameters
-    ----------
-    outcomes
-        ``(M, R, Q)`` with ``R ≥ 2``.
-    splits
-        All splits are used where there are no more than these, else so many random ones.
-    seed
-        Of the random splits.
-
-    Returns
-    -------
-    np.ndarray
-        ``(Q,)``; a negative ``ρ_h`` counts as 0.
-    """
-    runs = outcomes.shape[1]
-    half = runs // 2
-    rank_correlations = [
-        spearman(outcomes[:, list(a)].mean(axis=1), outcomes[:, list(b)].mean(axis=1))
-        for a, b in _halves(runs, half, splits, seed)
-    ]
-    pearson = spearman_to_pearson(np.mean(rank_correlations, axis=0))
-    reliability = spearman_brown(np.clip(pearson, 0.0, 1.0), runs / half)
-    return pearson_to_spearman(np.sqrt(reliability))
-
-
-def _halves(
-    runs: int, half: int, limit: int, seed: int
-) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Pairs of disjoint sets of ``half`` runs: all of them, or ``limit`` at random."""
-    total = comb(runs, half) * comb(runs - half, half) // 2
-    if total <= limit:
-        return [
-            (a, b)
-            for a in combinations(range(runs), half)
-            for b in combinations(sorted(set(range(runs)) - set(a)), half)
-            if a < b
-        ]
-    rng = np.random.default_rng(seed)
-    orders = [rng.permutation(runs).tolist() for _ in range(limit)]
-    return [(tuple(order[:half]), tuple(order[half : 2 * half])) for order in orders]

@@ -18,7 +18,8 @@ from bayesinf.evaluation import (
     random_subsets,
     retrain,
 )
-from bayesinf.evaluation._statistics import pearson_to_spearman, spearman
+from bayesinf.evaluation._reliability import pearson_to_spearman
+from bayesinf.evaluation._statistics import correlations
 
 N, M, R, Q = 40, 60, 4, 25
 
@@ -112,7 +113,7 @@ def test_prediction_is_the_plus_sum_over_kept(effects: np.ndarray) -> None:
     prediction = np.array(
         [[effects[q][kept].sum() for q in range(Q)] for kept in bank["subset_mask"].values]
     )
-    expected = spearman(prediction, bank["loss"].mean("seed").values)
+    expected = correlations(prediction, bank["loss"].mean("seed").values, "spearman")
     np.testing.assert_allclose(result["lds_query"], expected, atol=1e-14)
     assert float(result["lds"]) == pytest.approx(expected.mean())
     assert float(result["lds"]) > 0.5
