@@ -1,32 +1,52 @@
 """Judging scores by real retrainings."""
 
 from bayesinf.evaluation._alpha import alpha_curve
-from bayesinf.evaluation._bank import open_bank, save_bank
+from bayesinf.evaluation._bank import make_bank, open_bank, save_bank
 from bayesinf.evaluation._ceiling import effective_queries, noise_ceiling
+from bayesinf.evaluation._counterfactual import RemovalWarning, removal_counterfactual
 from bayesinf.evaluation._gaps import response_gaps
 from bayesinf.evaluation._lds import lds, lds_difference, lds_table
+from bayesinf.evaluation._mislabelled import mislabel_detection
 from bayesinf.evaluation._null import lds_null
+from bayesinf.evaluation._own_training import retrain_with
 from bayesinf.evaluation._pbrf import pbrf
+from bayesinf.evaluation._pruning import pruning_curve
 from bayesinf.evaluation._recipes import AdamWRecipe, Recipe, SGDRecipe
 from bayesinf.evaluation._retraining import retrain, train_one
-from bayesinf.evaluation._subsets import random_subsets
+from bayesinf.evaluation._subsets import (
+    disjoint_subsets,
+    leave_one_out,
+    listed_subsets,
+    random_subsets,
+)
+from bayesinf.evaluation._tail_patch import tail_patch
 
 __all__ = [
     "AdamWRecipe",
     "Recipe",
+    "RemovalWarning",
     "SGDRecipe",
     "alpha_curve",
+    "disjoint_subsets",
     "effective_queries",
     "lds",
     "lds_difference",
     "lds_null",
     "lds_table",
+    "leave_one_out",
+    "listed_subsets",
+    "make_bank",
+    "mislabel_detection",
     "noise_ceiling",
     "open_bank",
     "pbrf",
+    "pruning_curve",
     "random_subsets",
+    "removal_counterfactual",
     "response_gaps",
     "retrain",
+    "retrain_with",
     "save_bank",
+    "tail_patch",
     "train_one",
 ]

@@ -1,16 +1,122 @@
-"""Banks on disk: small Zarr v3 directories that can be shipped with a repository."""
+"""Banks of outcomes: made from arrays, and kept as small Zarr v3 directories.
+
+Shapes: ``M`` subsets, ``R`` seeds, ``Q`` queries, ``n`` training examples.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xarray as xr
 import zarr
 from zarr.codecs import BloscCodec
 
-__all__ = ["open_bank", "save_bank"]
+from bayesinf._data import resolve_ids
+
+__all__ = ["make_bank", "open_bank", "save_bank"]
+
+
+def make_bank(
+    outcomes: Mapping[str, np.ndarray],
+    subsets: np.ndarray | xr.DataArray,
+    *,
+    query: Sequence[Any] | np.ndarray | None = None,
+    seeds: Sequence[int] | None = None,
+    attrs: Mapping[str, Any] | None = None,
+) -> xr.Dataset:
+    """Label outcomes of retrainings that were run elsewhere as a bank that the judges take.
+
+    Parameters
+    ----------
+    outcomes
+        By measurement (``"loss"``, ``"margin"`` or a name of your own): ``(M, R, Q)``, or
+        ``(M, Q)`` for one run of each subset, or an average over runs. Stored in float32.
+    subsets
+        Which examples each subset kept: ``(M, n)`` booleans, zeros and ones, or a design such as
+        :func:`listed_subsets` returns, with ids. Of an array, the ids are ``0 … n−1``.
+    query, seeds
+        Ids of the queries and seeds of the runs; counted from 0 by default.
+    attrs
+        Whatever should be kept with the bank.
+
+    Returns
+    -------
+    xr.Dataset
+        As :func:`retrain` returns it; attrs ``fraction`` (mean share kept) and ``n``.
+
+    Raises
+    ------
+    ValueError
+        If shapes do not fit, masks hold more than two values or outcomes are not finite.
+    """
+    masks = np.asarray(subsets)
+    if masks.ndim != 2 or not np.isin(masks, (0, 1)).all():
+        raise ValueError(
+            f"subsets must be (subsets, train) masks of 0 and 1, 1 where an example was kept; got "
+            f"shape {masks.shape} with values such as {np.unique(masks)[:5].tolist()}. Lists of "
+            f"ids become masks by listed_subsets(...)."
+        )
+    kept = masks.astype(bool)
+    values = {name: _three_axes(name, np.asarray(v), len(kept)) for name, v in outcomes.items()}
+    shapes = {value.shape for value in values.values()}
+    if len(shapes) != 1:
+        raise ValueError(
+            f"outcomes must hold at least one measurement, all of one shape; got "
+            f"{ {name: np.shape(value) for name, value in outcomes.items()} }."
+        )
+    _, runs, queries = shapes.pop()
+    design = subsets if isinstance(subsets, xr.DataArray) else xr.DataArray(kept)
+    coords = design.coords
+    numbers = np.arange(runs) if seeds is None else np.asarray(seeds, dtype=np.int64)
+    if numbers.shape != (runs,):
+        raise ValueError(f"seeds must be one for each of {runs} runs; got {list(numbers)}.")
+    return xr.Dataset(
+        {
+            **{name: (("subset", "seed", "query"), value) for name, value in values.items()},
+            "subset_mask": (("subset", "train"), kept),
+        },
+        coords={
+            "subset": coords["subset"].values if "subset" in coords else np.arange(len(kept)),
+            "seed": numbers,
+            "query": resolve_ids(query, queries, "query"),
+            "train": coords["train"].values if "train" in coords else np.arange(kept.shape[1]),
+        },
+        attrs={
+            "fraction": float(kept.mean()),
+            "n": kept.shape[1],
+            **_of_design(design),
+            **(attrs or {}),
+        },
+    )
+
+
+def _three_axes(name: str, values: np.ndarray, subsets: int) -> np.ndarray:
+    """``(M, R, Q)`` in float32."""
+    full = values[:, None] if values.ndim == 2 else values
+    if full.ndim != 3 or len(full) != subsets:
+        raise ValueError(
+            f"{name} must be (subsets, query) or (subsets, seeds, query) for {subsets} subsets; "
+            f"got {values.shape}. Usual cause: masks and outcomes in each other's place, or an "
+            f"average over the wrong axis."
+        )
+    bad = int((~np.isfinite(full)).sum())
+    if bad:
+        raise ValueError(
+            f"{name} is not finite for {bad} of {full.size} outcomes, so no judge can rank them. "
+            f"Leave out subsets that were not trained, or queries that were not measured."
+        )
+    return full.astype(np.float32)
+
+
+def _of_design(subsets: xr.DataArray) -> dict[str, Any]:
+    """What a bank says of how its subsets were drawn."""
+    named = {"subset_design": "design", "subset_seed": "seed"}
+    known = {name: subsets.attrs[key] for name, key in named.items() if key in subsets.attrs}
+    return {"n": subsets.shape[1], **known}
 
 
 def save_bank(bank: xr.Dataset, path: str | os.PathLike[str]) -> None:

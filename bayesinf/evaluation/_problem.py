@@ -15,15 +15,22 @@ from torch import nn
 from bayesinf._data import Examples
 from bayesinf._likelihoods import Likelihood
 from bayesinf._scores import versions
+from bayesinf.evaluation._bank import make_bank
 from bayesinf.evaluation._recipes import Recipe
 from bayesinf.evaluation._training import initialise
 
-__all__ = ["ModelFactory", "Problem", "Row", "examples", "make_problem"]
+__all__ = [
+    "ModelFactory",
+    "Problem",
+    "check_design",
+    "examples",
+    "identity_of",
+    "label_bank",
+    "make_problem",
+    "supported",
+]
 
 ModelFactory = Callable[[], nn.Module]
-
-Row = tuple[int, int]
-"""Positions of a subset and of a seed."""
 
 
 @dataclass(frozen=True)
@@ -61,36 +68,34 @@ class Problem:
             "train": self.data.fingerprint(),
             "query": self.queries.fingerprint(),
             "n": len(self.data),
-            "subsets": hashlib.sha256(np.packbits(self.mask).tobytes()).hexdigest()[:16],
-            "subset_count": len(self.mask),
-            "seeds": list(self.seeds),
-            "measurements": list(self.names),
+            **identity_of(self.mask, self.seeds, self.names),
         }
 
     def label(self, values: dict[str, np.ndarray], subsets: xr.DataArray) -> xr.Dataset:
         """Make a bank of the outcomes ``(M, R, Q)``."""
-        attrs: dict[str, Any] = {
-            key: json.dumps(value) if isinstance(value, (dict, list)) else value
-            for key, value in self.identity().items()
-        }
-        attrs["fraction"] = float(self.mask.mean())
-        if "seed" in subsets.attrs:
-            attrs["subset_seed"] = int(subsets.attrs["seed"])
-        attrs |= versions()
-        default = np.arange(len(self.mask))
-        return xr.Dataset(
-            {
-                **{name: (("subset", "seed", "query"), array) for name, array in values.items()},
-                "subset_mask": (("subset", "train"), self.mask),
-            },
-            coords={
-                "subset": subsets["subset"].values if "subset" in subsets.coords else default,
-                "seed": np.array(self.seeds, dtype=np.int64),
-                "query": self.queries.ids,
-                "train": self.data.ids,
-            },
-            attrs=attrs,
-        )
+        return label_bank(values, subsets, self.identity(), self.queries.ids, self.seeds)
+
+
+def identity_of(mask: np.ndarray, seeds: Sequence[int], names: Sequence[str]) -> dict[str, Any]:
+    """What outcomes of any training depend on: masks ``(M, n)``, seeds and measurements."""
+    return {
+        "subsets": hashlib.sha256(np.packbits(mask).tobytes()).hexdigest()[:16],
+        "subset_count": len(mask),
+        "seeds": list(seeds),
+        "measurements": list(names),
+    }
+
+
+def label_bank(
+    values: dict[str, np.ndarray],
+    subsets: xr.DataArray,
+    identity: dict[str, Any],
+    query: np.ndarray,
+    seeds: Sequence[int],
+) -> xr.Dataset:
+    """Make a bank of outcomes ``(M, R, Q)`` that carries the identity of its training."""
+    attrs = {k: json.dumps(v) if isinstance(v, (dict, list)) else v for k, v in identity.items()}
+    return make_bank(values, subsets, query=query, seeds=seeds, attrs={**attrs, **versions()})
 
 
 def make_problem(
@@ -106,6 +111,29 @@ def make_problem(
     query_ids: Sequence[Any] | np.ndarray | None,
 ) -> Problem:
     """Check the arguments of :func:`~bayesinf.evaluation.retrain`, which documents the errors."""
+    check_design(subsets, seeds)
+    model = initialise(make_model, 0)
+    return Problem(
+        make_model=make_model,
+        likelihood=likelihood,
+        recipe=recipe,
+        data=examples(model, train, subsets["train"].values, "train"),
+        queries=examples(model, query, query_ids, "query"),
+        mask=subsets.values,
+        seeds=tuple(int(s) for s in seeds),
+        names=supported(likelihood, measurements),
+        model=model,
+    )
+
+
+def check_design(subsets: xr.DataArray, seeds: Sequence[int]) -> None:
+    """Refuse masks that nothing can be trained on, and seeds that repeat.
+
+    Raises
+    ------
+    ValueError
+        For either.
+    """
     if (
         subsets.dims != ("subset", "train")
         or subsets.dtype != bool
@@ -122,18 +150,6 @@ def make_problem(
         )
     if len(seeds) == 0 or len({int(s) for s in seeds}) != len(seeds):
         raise ValueError(f"seeds must be distinct integers, at least one; got {list(seeds)}.")
-    model = initialise(make_model, 0)
-    return Problem(
-        make_model=make_model,
-        likelihood=likelihood,
-        recipe=recipe,
-        data=examples(model, train, subsets["train"].values, "train"),
-        queries=examples(model, query, query_ids, "query"),
-        mask=subsets.values,
-        seeds=tuple(int(s) for s in seeds),
-        names=_supported(likelihood, measurements),
-        model=model,
-    )
 
 
 def examples(model: nn.Module, data: Any, ids: Any, name: str) -> Examples:
@@ -150,7 +166,8 @@ def examples(model: nn.Module, data: Any, ids: Any, name: str) -> Examples:
     return Examples(data, ids, name, first.device, first.dtype)
 
 
-def _supported(likelihood: Likelihood, measurements: Sequence[str]) -> tuple[str, ...]:
+def supported(likelihood: Likelihood, measurements: Sequence[str]) -> tuple[str, ...]:
+    """Those of the measurements that a likelihood has; only a margin may be missing."""
     for name in measurements:
         if name != "margin" and getattr(likelihood, name, None) is None:
             raise NotImplementedError(

@@ -8,19 +8,20 @@ Dims of a bank: ``subset`` (M masks), ``seed`` (R runs of each), ``query`` (Q me
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from bayesinf._likelihoods import Likelihood
-from bayesinf.evaluation._problem import ModelFactory, Problem, Row, examples, make_problem
+from bayesinf.evaluation._filling import Outcomes, fill
+from bayesinf.evaluation._problem import ModelFactory, Problem, examples, make_problem
 from bayesinf.evaluation._recipes import Recipe
-from bayesinf.evaluation._rows import MemoryRows, ZarrRows, open_rows
+from bayesinf.evaluation._rows import Row
 from bayesinf.evaluation._training import (
     call,
     choose_group_size,
@@ -97,7 +98,8 @@ def retrain(
     measurements: Sequence[str] = ("loss", "margin"),
     query_ids: Sequence[Any] | np.ndarray | None = None,
     group_size: int | None = None,
-    worker: tuple[int, int] = (0, 1),
+    workers: int = 1,
+    worker: tuple[int, int] | None = None,
     progress: bool = False,
 ) -> xr.Dataset:
     """Train on every subset with every seed and measure the queries: a bank of outcomes.
@@ -126,10 +128,15 @@ def retrain(
     group_size
         How many networks are trained at once, vectorised; 1 trains one after another. Default:
         60 for small plain MLPs, else 1. Subsets of unequal size always train one by one.
+    workers
+        Processes that train at a time on this machine, of one thread each; 1 trains in this one.
+        With several, what they need must be importable: no lambda, no notebook's function.
     worker
-        ``(k, K)``: this is number k of K processes that run with the same ``store`` at a time.
-        Each begins with its own share of the rows and goes on with what the others have left,
-        so that all of them return the whole bank.
+        ``(k, K)``: this is number k of K processes, on any machines, that are run with the same
+        arguments and a common ``store``. Each trains a slice of the rows that is its own and
+        returns the whole bank when the others have trained theirs. Default: ``RANK`` and
+        ``WORLD_SIZE`` of the environment, which ``torchrun`` sets, where there is a ``store``;
+        else ``(0, 1)``.
     progress
         Show a progress bar.
 
@@ -144,43 +151,48 @@ def retrain(
     ValueError
         If masks and data do not fit, seeds repeat, the store was made with another recipe,
         data or masks, or a training run gives a measurement that is not finite.
+    RuntimeError
+        If a worker process fails.
     NotImplementedError
         If the likelihood lacks a measurement other than ``"margin"``.
+
+    Warns
+    -----
+    RuntimeWarning
+        If other workers' rows do not come for a minute.
     """
     if group_size is not None and group_size < 1:
         raise ValueError(f"group_size must be at least 1; got {group_size}.")
-    if not 0 <= worker[0] < worker[1] or (worker[1] > 1 and store is None):
-        raise ValueError(
-            f"worker must be (k, K) with 0 ≤ k < K, and several workers need a common store=; got "
-            f"worker={worker} and store={store!r}."
-        )
-    problem = make_problem(
+    make = partial(
+        make_problem,
         make_model,
         likelihood,
         recipe,
         train=train,
         query=query,
         subsets=subsets,
-        seeds=seeds,
+        seeds=list(seeds),
         measurements=measurements,
         query_ids=query_ids,
     )
-    rows: MemoryRows | ZarrRows = (
-        MemoryRows(problem.shape, problem.names)
-        if store is None
-        else open_rows(store, problem.identity(), problem.shape, problem.names)
+    problem = make()
+    groups = list(_groups(problem, group_size or choose_group_size(problem.model)))
+    values = fill(
+        problem,
+        groups,
+        partial(_outcomes, problem),
+        partial(_prepare, make),
+        store=store,
+        worker=worker,
+        workers=workers,
+        progress=progress,
     )
-    size = group_size or choose_group_size(problem.model)
-    with tqdm(total=rows.done.size, initial=int(rows.done.sum()), disable=not progress) as bar:
-        for group in _ordered(list(_groups(problem, size)), worker):
-            pending = sum(not rows.is_done(*row) for row in group)
-            if not pending:
-                continue
-            for row, values in zip(group, _outcomes(problem, group), strict=True):
-                _require_finite(values, row, problem.seeds)
-                rows.write(*row, values)
-            bar.update(pending)
-    return problem.label(rows.read(), subsets)
+    return problem.label(values, subsets)
+
+
+def _prepare(make: Callable[[], Problem]) -> Outcomes:
+    """Make the problem in another process."""
+    return partial(_outcomes, make())
 
 
 def _groups(problem: Problem, size: int) -> Iterator[list[Row]]:
@@ -198,20 +210,14 @@ def _groups(problem: Problem, size: int) -> Iterator[list[Row]]:
     yield group
 
 
-def _ordered(groups: list[list[Row]], worker: tuple[int, int]) -> list[list[Row]]:
-    """Every K-th group first, then those of the other workers from their ends."""
-    k, workers = worker
-    own = groups[k::workers]
-    return own + [g for place, g in reversed(list(enumerate(groups))) if place % workers != k]
-
-
-def _outcomes(problem: Problem, group: list[Row]) -> Iterator[dict[str, np.ndarray]]:
-    """Train the rows of a group; yields the measurements ``(Q,)`` of each."""
+@torch.no_grad()
+def _outcomes(problem: Problem, group: list[Row]) -> list[dict[str, np.ndarray]]:
+    """Train the rows of a group; returns the measurements ``(Q,)`` of each."""
     inputs, target = problem.queries.batch()
-    with torch.no_grad():
-        for outputs in _train(problem, group, inputs):
-            values = {n: getattr(problem.likelihood, n)(outputs, target) for n in problem.names}
-            yield {name: value.cpu().numpy() for name, value in values.items()}
+    return [
+        {n: getattr(problem.likelihood, n)(outputs, target).cpu().numpy() for n in problem.names}
+        for outputs in _train(problem, group, inputs)
+    ]
 
 
 @torch.enable_grad()
@@ -225,13 +231,3 @@ def _train(problem: Problem, group: list[Row], inputs: Any) -> Tensor:
         return call(model, inputs).detach().unsqueeze(0)
     predict = train_stacked(p.make_model, p.likelihood, p.recipe, p.data, members, keys)
     return predict(inputs).detach()
-
-
-def _require_finite(values: dict[str, np.ndarray], row: Row, seeds: Sequence[int]) -> None:
-    for name, value in values.items():
-        if not np.isfinite(value).all():
-            raise ValueError(
-                f"training on subset {row[0]} with seed {seeds[row[1]]} gave a {name} that is not "
-                f"finite for {int((~np.isfinite(value)).sum())} of {len(value)} queries. Usual "
-                f"cause: a learning rate that diverges on half of the data; lower recipe.lr."
-            )

@@ -3,13 +3,14 @@
 A Zarr v3 directory with arrays ``(subset, seed, query)``, one per measurement, and ``done``
 ``(subset, seed)``; one chunk a row, so that writing a row never touches another. A row's mark in
 ``done`` is written after its data: rows without a mark are trained again and overwritten. Several
-processes may fill one store at a time.
+processes may fill one store at a time, each its own rows.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import uuid
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +19,10 @@ from typing import Any
 import numpy as np
 import zarr
 
-__all__ = ["MemoryRows", "ZarrRows", "open_rows"]
+__all__ = ["MemoryRows", "Row", "ZarrRows", "open_rows"]
+
+Row = tuple[int, int]
+"""Positions of a subset and of a seed."""
 
 FORMAT = "bayesinf-retraining-1"
 DIMS = ("subset", "seed", "query")
@@ -101,7 +105,7 @@ def open_rows(
         assert isinstance(made_with, dict)
         _compare(made_with, identity, path)
         return ZarrRows(group, measurements)
-    draft = root.with_name(f"{root.name}.{os.getpid()}.new")
+    draft = root.with_name(f"{root.name}.{uuid.uuid4().hex}.new")
     group = zarr.create_group(draft, zarr_format=3, overwrite=True)
     for name in measurements:
         group.create_array(

@@ -1,19 +1,29 @@
 """Training by the recipe, against PyTorch's own optimiser, looped and vectorised."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import xarray as xr
+import zarr
 from torch import Tensor, nn
 
 import bayesinf as bi
 from bayesinf._data import Examples
-from bayesinf.evaluation import AdamWRecipe, SGDRecipe, random_subsets, retrain, train_one
-from bayesinf.evaluation._problem import Problem, Row
+from bayesinf.evaluation import (
+    AdamWRecipe,
+    SGDRecipe,
+    _filling,
+    _retraining,
+    random_subsets,
+    retrain,
+    train_one,
+)
+from bayesinf.evaluation._problem import Problem
+from bayesinf.evaluation._rows import Row
 from bayesinf.evaluation._training import (
     choose_group_size,
     row_seeds,
@@ -360,34 +370,91 @@ def test_learning_rates_of_adamw() -> None:
     }  # fmt: skip
 
 
-def test_workers_share_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each row is trained by one of them, whoever comes first, and all return the same bank."""
-    from bayesinf.evaluation import _retraining
-
-    trained: list[tuple[int, Row]] = []
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[Row]:
+    """Rows in the order in which they are trained."""
+    rows: list[Row] = []
     real = _retraining._outcomes
 
-    def outcomes(problem: Problem, group: list[Row]) -> Iterator[dict[str, np.ndarray]]:
-        trained.extend((worker, row) for row in group)
-        if worker == 0 and len(trained) == 3:  # the other starts, and overtakes
-            second()
-        yield from real(problem, group)
+    def outcomes(problem: Problem, group: list[Row]) -> list[dict[str, np.ndarray]]:
+        rows.extend(group)
+        return real(problem, group)
 
-    def second() -> None:
-        nonlocal worker, other
-        worker = 1
-        other = bank(store=tmp_path / "rows", group_size=1, worker=(1, 2))
-        worker = 0
-
-    worker, other = 0, None
     monkeypatch.setattr(_retraining, "_outcomes", outcomes)
-    first = bank(store=tmp_path / "rows", group_size=1, worker=(0, 2))
-    xr.testing.assert_identical(first, other)
-    np.testing.assert_array_equal(first["loss"], bank(group_size=1)["loss"])
-    rows = [row for w, row in trained[:11]]
-    assert len(set(rows)) == 10  # all; only the one in hand at the time is done twice
-    assert rows[:4] == [(0, 0), (1, 0), (2, 0), (0, 1)]
-    assert [w for w, _ in trained[:11]] == [0, 0, 0, *[1] * 8]
+    return rows
+
+
+@pytest.mark.parametrize("by", ["argument", "environment"])
+def test_ranks_train_their_own_rows_and_wait_for_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: list[Row], by: str
+) -> None:
+    banks: list[xr.Dataset] = []
+
+    def run(rank: int) -> xr.Dataset:
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        options = {"worker": (rank, 2)} if by == "argument" else {}
+        return bank(store=tmp_path / "rows", group_size=1, **options)
+
+    def sleep(seconds: float) -> None:  # while rank 0 waits, rank 1 comes
+        assert len(trained) == 5
+        banks.append(run(1))
+
+    monkeypatch.setattr(_filling.time, "sleep", sleep)
+    banks.append(run(0))
+    assert trained == [(j, 0) for j in range(5)] + [(j, 1) for j in range(5)]  # every other row
+    xr.testing.assert_identical(*banks)
+    monkeypatch.undo()
+    np.testing.assert_array_equal(banks[0]["loss"], bank(group_size=1)["loss"])
+
+
+def test_ranks_without_a_store_do_not_share(
+    monkeypatch: pytest.MonkeyPatch, trained: list[Row]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    bank()
+    assert len(trained) == 10
+
+
+def test_a_rank_that_waits_in_vain_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def others(seconds: float) -> None:
+        bank(store=tmp_path / "rows", group_size=1, worker=(0, 1))
+
+    monkeypatch.setattr(_filling, "PATIENCE", 0.0)
+    monkeypatch.setattr(_filling.time, "sleep", others)
+    with pytest.warns(RuntimeWarning, match=r"rank 1 of 2 .* waits for 5 of the others"):
+        bank(store=tmp_path / "rows", group_size=1, worker=(1, 2))
+
+
+def test_rows_that_are_there_are_not_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: list[Row]
+) -> None:
+    """A group that was cut short is trained as it was, and only what is missing written."""
+    from bayesinf.evaluation._rows import ZarrRows
+
+    expected = bank(store=tmp_path / "rows", group_size=4)
+    rows = zarr.open_group(tmp_path / "rows", mode="r+")
+    rows["done"][1, 0] = 0
+    written: list[Row] = []
+    real = ZarrRows.write
+
+    def write(self: ZarrRows, subset: int, seed: int, row: dict[str, np.ndarray]) -> None:
+        written.append((subset, seed))
+        real(self, subset, seed, row)
+
+    monkeypatch.setattr(ZarrRows, "write", write)
+    trained.clear()
+    xr.testing.assert_identical(bank(store=tmp_path / "rows", group_size=4), expected)
+    assert trained == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert written == [(1, 0)]
+
+
+def test_arguments_that_another_process_cannot_have() -> None:
+    with pytest.raises(ValueError, match="at the top level of a module"):
+        bank(lambda: make_mlp(), group_size=1, workers=2)
+    with pytest.raises(ValueError, match="workers must be at least 1; got 0"):
+        bank(workers=0)
 
 
 def test_train_one_refuses_a_wrong_mask() -> None:

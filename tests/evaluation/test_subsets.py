@@ -10,7 +10,7 @@ def test_subsets_have_one_size_and_carry_the_ids() -> None:
     assert masks.dtype == bool
     assert (masks.sum("train") == 2).all()
     assert masks["train"].values.tolist() == ["a", "b", "c", "d", "e"]
-    assert masks.attrs == {"fraction": 0.4, "seed": 3}
+    assert masks.attrs == {"design": "random", "fraction": 0.4, "seed": 3, "stratified": False}
 
 
 def test_every_example_and_pair_is_kept_as_often_as_chance_says() -> None:
