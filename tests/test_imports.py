@@ -86,6 +86,7 @@ TORCHLESS = [
     "bayesinf.attribution._covariance_scores",
     "bayesinf.attribution._group_influence",
     "bayesinf.attribution._groups",
+    "bayesinf.attribution._self_variance",
     "bayesinf.attribution._sinks",
     "bayesinf.attribution._top_k",
     "bayesinf.attribution._susceptibility",
