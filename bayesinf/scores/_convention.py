@@ -64,7 +64,7 @@ class Convention:
 
 
 def convert(
-    values: np.ndarray | Tensor,
+    values: np.ndarray | Tensor | Sequence[Any],
     query: Ids,
     train: Ids,
     convention: Convention,
@@ -111,7 +111,6 @@ def convert(
     attrs = {
         "source": convention.source,
         "source_sign": _SIGN_TEXT[convention.sign],
-        "source_orientation": " × ".join(convention.dims if numbers.ndim == 2 else ("train",)),
         "factor": factor,
         "n": n,
         "measurement": measurement,
@@ -119,18 +118,17 @@ def convert(
     }
     estimand = "similarity" if n is None and convention.scale is None else "influence"
     if numbers.ndim == 1:
-        return _self_scores(numbers, query, train, factor, convention.sign, method, estimand, attrs)
+        if query is not None or self_influence is not None:
+            raise ValueError(_ONE_DIMENSION.format(n=len(numbers)))
+        scores = _self_scores(factor * numbers, train, method, estimand, attrs)
+        check_self(scores["influence"].values, measurement, convention.sign, "given")
+        return scores
     _check_shape(numbers, {"query": query, "train": train}, convention.dims)
+    attrs["source_orientation"] = " × ".join(convention.dims)
     influence = factor * (numbers if convention.dims == ("query", "train") else numbers.T)
-    queries, trains = (
-        resolve_ids(ids, size, name)
-        for ids, size, name in zip((query, train), influence.shape, ("query", "train"), strict=True)
-    )
-    if n is not None and n < len(trains):
-        raise ValueError(
-            f"n={n} examples are fewer than the {len(trains)} that have scores. n is the size of "
-            f"the whole training set: n={len(trains)} where all of it is scored."
-        )
+    queries = resolve_ids(query, len(influence), "query")
+    trains = resolve_ids(train, influence.shape[1], "train")
+    _check_n(n, len(trains))
     scores = make_scores(
         influence, query=queries, train=trains, method=method, estimand=estimand, attrs=attrs
     )
@@ -171,7 +169,7 @@ def _factor(convention: Convention, measurement: str, n: int | None) -> float:
     return direction * (1.0 if scale is None else scale)
 
 
-def _numbers(values: np.ndarray | Tensor, what: str) -> np.ndarray:
+def _numbers(values: np.ndarray | Tensor | Sequence[Any], what: str) -> np.ndarray:
     array = values.detach().cpu().double().numpy() if isinstance(values, Tensor) else values
     array = np.asarray(array)
     if array.dtype.kind not in "biuf":
@@ -211,36 +209,37 @@ def _check_shape(array: np.ndarray, ids: dict[str, Ids], dims: Dims) -> None:
     )
 
 
+def _check_n(n: int | None, scored: int) -> None:
+    if n is not None and n < scored:
+        raise ValueError(
+            f"n={n} examples are fewer than the {scored} that have scores. n is the size of the "
+            f"whole training set: n={scored} where all of it is scored."
+        )
+
+
+_ONE_DIMENSION = (
+    "scores of one dimension ({n},) pair each training example with itself and have no queries. "
+    "Leave query= and self_influence= out; for one query give a matrix: scores[None, :]."
+)
+
+
 def _self_scores(
-    numbers: np.ndarray,
-    query: Ids,
-    train: Ids,
-    factor: float,
-    sign: Sign,
-    method: str,
-    estimand: str,
-    attrs: dict[str, Any],
+    influence: np.ndarray, train: Ids, method: str, estimand: str, attrs: dict[str, Any]
 ) -> xr.Dataset:
-    if query is not None:
+    if train is not None and len(train) != len(influence):
         raise ValueError(
-            f"scores of one dimension ({len(numbers)},) pair each training example with itself and "
-            f"have no queries. Leave query= out; for one query give a matrix: scores[None, :]."
+            f"there are {len(influence)} self-influences and {len(train)} train ids. Give an id to "
+            f"each."
         )
-    if train is not None and len(train) != len(numbers):
-        raise ValueError(
-            f"there are {len(numbers)} self-influences and {len(train)} train ids. "
-            f"Give an id to each."
-        )
-    influence = factor * numbers
-    scores = label_scores(
+    ids = resolve_ids(train, len(influence), "train")
+    _check_n(attrs["n"], len(ids))
+    return label_scores(
         {"influence": (("train",), influence)},
-        {"train": text_labels(resolve_ids(train, len(numbers), "train"))},
+        {"train": text_labels(ids)},
         method,
         estimand,
         {**attrs, "pairs": "self"},
     )
-    check_self(influence, attrs["measurement"], sign, "given", stacklevel=5)
-    return scores
 
 
 def _own(values: np.ndarray | Tensor, n: int) -> np.ndarray:

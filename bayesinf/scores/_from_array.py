@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ __all__ = ["from_array", "read_npy"]
 
 
 def from_array(
-    matrix: np.ndarray | Tensor,
+    matrix: np.ndarray | Tensor | Sequence[Any],
     *,
     query: Ids,
     train: Ids,
@@ -88,7 +89,7 @@ def from_array(
     """
     convention = Convention("array", sign, dims, factor, attrs or {})
     return convert(
-        np.asarray(matrix) if isinstance(matrix, list) else matrix,
+        matrix,
         query,
         train,
         convention,

@@ -42,10 +42,11 @@ def shared_diagonal(influence: np.ndarray, query: np.ndarray, train: np.ndarray)
     return influence[rows, columns]
 
 
-def check_self(
-    own: np.ndarray, measurement: str, sign: Sign, where: str, stacklevel: int = 4
-) -> None:
-    """Warn where more than half of the self-influences say that an example harms itself."""
+def check_self(own: np.ndarray, measurement: str, sign: Sign, where: str) -> None:
+    """Warn where more than half of the self-influences say that an example harms itself.
+
+    The warning points to the caller of the public function whose conversion this is part of.
+    """
     moving = own[own != 0]
     if measurement not in HELP or not len(moving):
         return
@@ -59,5 +60,5 @@ def check_self(
         f"sign={sign!r}. If so, read them with sign={_OPPOSITE[sign]!r}. If queries are other "
         f"examples that happen to have the same ids, give them ids of their own.",
         SignWarning,
-        stacklevel=stacklevel,
+        stacklevel=4,
     )

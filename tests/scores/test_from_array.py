@@ -184,7 +184,8 @@ def test_wrong_sign_of_self_scores():
         ({"factor": np.nan}, "factor must be a positive number"),
         ({"dims": ("query", "token")}, "dims must be ('query', 'train') or ('train', 'query')"),
         ({"self_influence": np.ones(2)}, "one number for each of the 3 training examples"),
-        ({"matrix": SCORES[0]}, "have no queries. Leave query= out"),
+        ({"matrix": SCORES[0]}, "have no queries. Leave query= and self_influence= out"),
+        ({"matrix": SCORES[0], "query": None, "self_influence": SCORES[0]}, "have no queries"),
         ({"matrix": SCORES[0], "query": None, "train": [1]}, "3 self-influences and 1 train ids"),
     ],
 )  # fmt: skip

@@ -1,7 +1,8 @@
 """The mean of a kept set is additive over it: exact scores have LDS 1, flipped ones −1.
 
-θ(S) is the mean of S, so that dθ/db_i = (y_i − ȳ)/n orders θ(S) without error wherever the
-subsets have one size; φ_q = c_q θ, with c of either sign, tells queries apart.
+θ(S) is the mean of S, so that the sum of dθ/db_i = (y_i − ȳ)/n over S is (θ(S) − ȳ)|S|/n: it
+orders θ(S) without error where subsets have one size, with or without the whole set among them.
+φ_q = c_q θ, with c of either sign, tells queries apart.
 """
 
 from __future__ import annotations
@@ -14,7 +15,13 @@ import pytest
 import torch
 import xarray as xr
 
-from bayesinf.evaluation import lds, random_subsets
+from bayesinf.evaluation import (
+    disjoint_subsets,
+    lds,
+    leave_one_out,
+    listed_subsets,
+    random_subsets,
+)
 from bayesinf.scores import (
     from_array,
     read_bergson,
@@ -34,11 +41,18 @@ VALUES = np.random.default_rng(1).standard_normal(N) + CLASSES
 INFLUENCE = SLOPES[:, None] * (VALUES - VALUES.mean()) / N
 IDS = {"query": QUERY, "train": TRAIN, "measurement": "value"}
 
-DESIGNS: dict[str, Callable[[], xr.DataArray]] = {
-    f"random {fraction}": lambda fraction=fraction: random_subsets(
-        TRAIN, fraction=fraction, count=30, seed=4
-    )
+DESIGNS = {
+    f"random {fraction}": random_subsets(TRAIN, fraction=fraction, count=30, seed=4)
     for fraction in (0.1, 0.25, 0.5, 0.75, 0.9)
+} | {
+    "leave 12.5 % out": random_subsets(TRAIN, fraction=1 - 0.125, count=30, seed=5),
+    "stratified": random_subsets(TRAIN, fraction=0.5, count=30, seed=6, labels=CLASSES),
+    "one of 8 parts": disjoint_subsets(TRAIN, parts=8, seed=7, kept="part"),
+    "all but one of 12 parts": disjoint_subsets(TRAIN, parts=12, seed=8),
+    "stratified parts": disjoint_subsets(TRAIN, parts=4, seed=9, labels=CLASSES),
+    "leave one out": leave_one_out(TRAIN),
+    "leave some out": leave_one_out(TRAIN, TRAIN[3:9]),
+    "lists": listed_subsets(TRAIN, [TRAIN[i : i + 6] for i in range(12)], kept=True),
 }
 
 
@@ -46,7 +60,7 @@ def bank_of(subsets: xr.DataArray) -> xr.Dataset:
     """Retrained φ of every subset, in closed form, the same with two seeds."""
     kept = subsets.transpose("subset", "train").values
     sizes = kept.sum(axis=1)
-    assert len(set(sizes.tolist())) == 1  # or the mean is not additive
+    assert len(set(sizes[sizes < N].tolist())) == 1
     theta = kept @ VALUES / sizes
     value = np.repeat((theta[:, None] * SLOPES)[:, None], 2, axis=1)
     return xr.Dataset(
@@ -98,7 +112,7 @@ READERS = [by_array, by_npy, by_kronfluence, by_bergson, by_dattri, by_quanda]
 def test_exact_scores_have_lds_one_and_flipped_ones_minus_one(
     tmp_path: Path, read: Callable[[Path, np.ndarray], xr.Dataset], design: str
 ) -> None:
-    bank = bank_of(DESIGNS[design]())
+    bank = bank_of(DESIGNS[design])
     scores = read(tmp_path, INFLUENCE)
     np.testing.assert_allclose(scores["influence"], INFLUENCE, rtol=1e-6, atol=1e-8)
     for made, expected in ((scores, 1.0), (read(tmp_path, -INFLUENCE), -1.0)):
