@@ -52,6 +52,8 @@ SHARE = 0.1
 COUNTS, FRACTIONS = (10, 20, 40, 80), (0.1, 0.2, 0.4, 0.6, 0.8)
 SEEDS, QUERIES, EARLY = (0, 1, 2), 20, 5
 """Seeds of retrainings, queries of a removal, seeds of GraNd and EL2N early in training."""
+QUICK: dict[str, Any] = {}
+"""Options of :func:`bayesinf.sample` to override (tests do)."""
 
 
 # ---------------------------------------------------------------------------- values
@@ -97,7 +99,7 @@ def _checkpoints(
 
 
 def difficulty(
-    benchmark: BenchmarkTask, train: tuple[Tensor, Tensor], query: Any, quick: dict[str, Any]
+    benchmark: BenchmarkTask, train: tuple[Tensor, Tensor], query: Any
 ) -> dict[str, xr.Dataset]:
     """Values of the training examples, all from networks trained on these data.
 
@@ -107,8 +109,6 @@ def difficulty(
         Network and recipe.
     train, query
         Examples.
-    quick
-        Options of :func:`bayesinf.sample` to override (for tests).
 
     Returns
     -------
@@ -129,7 +129,7 @@ def difficulty(
     found = bi.calibrate(
         task, weight_decay=benchmark.weight_decay, error=ERROR, curvature=curvature
     )
-    traces = bi.sample(found.posterior, found.sampler, progress=False, **found.options | quick)
+    traces = bi.sample(found.posterior, found.sampler, progress=False, **found.options | QUICK)
     name = f"epoch {early}, {EARLY} seeds"
     return {
         "loss": example_loss(task),
@@ -160,7 +160,7 @@ def mislabels(benchmark: BenchmarkTask, options: argparse.Namespace) -> str:
     """Judge values on flipped labels; returns the table."""
     (x, y), query = benchmark.data()
     labels, chosen = flip_labels(y, SHARE, int(y.max()) + 1, seed=0)
-    values = difficulty(benchmark, (x, labels), query, options.quick)
+    values = difficulty(benchmark, (x, labels), query)
     table = mislabel_detection(values, chosen)
     _save(plot_mislabels(table), options.figures / f"mislabels-{benchmark.name}.png")
     rows = [
@@ -186,7 +186,7 @@ def _scores(benchmark: BenchmarkTask, options: argparse.Namespace) -> dict[str, 
         if m.fits(benchmark)
         and {"all", m.family, m.name, "core" if m.core else m.name} & set(options.methods)
     ]  # fmt: skip
-    scores, costs, refused = run(benchmark, chosen, benchmark.bank(), options.quick)
+    scores, costs, refused = run(benchmark, chosen, benchmark.bank(), QUICK)
     for name, why in refused.items():
         print(f"not run: {name}: {why}", flush=True)
     for name, own in scores.items():
@@ -199,8 +199,9 @@ def removal(
 ) -> str:
     """Remove the most helpful examples of some queries; returns the tables."""
     train, query = benchmark.data()
+    model = benchmark.checkpoint()
     with torch.no_grad():
-        right = (benchmark.checkpoint()(query[0]).argmax(1) == query[1]).numpy()
+        right = (model(query[0]).argmax(1) == query[1]).numpy()
     chosen = np.random.default_rng(0).permutation(np.flatnonzero(right))[: options.queries]
     table = removal_counterfactual(
         {name: own.sel(query=np.sort(chosen)) for name, own in scores.items()},
@@ -245,7 +246,7 @@ def pruning(
     """Train on shares of the examples; returns the tables."""
     train, query = benchmark.data()
     half = len(query[0]) // 2
-    values = difficulty(benchmark, train, query, options.quick)
+    values = difficulty(benchmark, train, query)
     ids = next(iter(scores.values()))["query"].values[:half]
     helpful = {
         name: xr.Dataset({"value": -own["influence"].sel(query=ids).mean("query")}, attrs=own.attrs)
@@ -348,7 +349,6 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     options.figures = options.figures or options.out / options.task
-    options.quick = {}
     benchmark = get_task(options.task)
     began, scores = time.perf_counter(), {}
     with warnings.catch_warnings():
