@@ -1,4 +1,4 @@
-"""Whether judgements hold what they promise: ``python -m benchmarks.lds_coverage``.
+"""Whether judgements hold what they promise: ``python -m benchmarks.lds_coverage [PART]``.
 
 On simulated truth whose LDS is known: losses are sums of effects over a random half of 500
 examples plus seed noise, on 100 subsets. Effects of two queries have nothing in common
@@ -10,7 +10,7 @@ correlation at ``M`` subsets is ``6/π (asin r + (M−2) asin(r/2))/(M+1)``. Jud
 * *intervals* of ``lds(queries="random")`` and ``"fixed"`` at 50 and 200 queries: the share that
   hold the expected LDS of the population and of the queries at hand (bar: 93–97 %);
 * *chance*: random scores, own to each query or the same for all: the share with a p value of 5 %
-  or less by ``lds_null`` (bar: 3–7 %);
+  or less by ``lds_null``, 39 permutations each (bar: 3–7 %);
 * *ceilings*: the mean estimate of ``noise_ceiling`` over banks of ``s`` = signal/seed variance and
   ``R`` seeds (bar: within 0.02 of ``6/π asin(√(sR/(sR+1))/2)``). ``R = 1`` is the ceiling of a
   single retraining, estimated from 10 with ``seeds=1``: one seed alone cannot tell signal from
@@ -26,6 +26,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 
 import numpy as np
 import xarray as xr
@@ -42,6 +43,7 @@ LOW, HIGH, COMMON = 0.3, 0.8, 0.5  # correlations of own effects, uniform; of th
 COVERED, REJECTED, CLOSE = (0.93, 0.97), (0.03, 0.07), 0.02
 SHARED = {"independent": 0.0, "half shared": 0.5}
 SIGNALS, RUNS = (0.1, 0.3, 1.0, 3.0), (1, 5, 10, 50)
+PARTS = ("intervals", "chance", "ceilings")
 _HEADER = ("judged", "effects", "setting", "found", "bar", "")
 
 
@@ -141,7 +143,7 @@ def chance(shared: float, alike: bool, simulations: int, queries: int = 50) -> f
         noise = g.standard_normal((1 if alike else queries, EXAMPLES))
         bank = simulate(queries, shared, seed).bank
         scores = _scores(np.broadcast_to(noise, (queries, EXAMPLES)))
-        null = lds_null(scores, bank, permutations=999, seed=seed)
+        null = lds_null(scores, bank, permutations=39, seed=seed)
         rejected += bool(null["p_value"].item() <= 0.05)
     return rejected / simulations
 
@@ -158,27 +160,34 @@ def ceiling(
     return float(np.mean(found)), float(np.std(found))
 
 
-def _rows(simulations: int, ceilings: int) -> Iterator[tuple[tuple[str, ...], bool]]:
+Row = tuple[tuple[str, ...], bool]
+
+
+def _intervals(simulations: int) -> Iterator[Row]:
     for name, shared in SHARED.items():
         for queries in (50, 200):
             for which, share in intervals(queries, shared, simulations).items():
                 held = COVERED[0] <= share <= COVERED[1]
                 setting = f"{queries} queries, {which}"
                 yield ("intervals", name, setting, f"{share:.1%}", "93–97 %"), held
+
+
+def _chance(simulations: int) -> Iterator[Row]:
     for name, shared in SHARED.items():
         for alike, word in ((False, "scores own to each query"), (True, "one score for all")):
             share = chance(shared, alike, simulations)
             held = REJECTED[0] <= share <= REJECTED[1]
             yield ("chance", name, word, f"{share:.1%}", "3–7 %"), held
+
+
+def _ceilings(banks: int) -> Iterator[Row]:
     for name, shared in SHARED.items():
-        for signal in SIGNALS:
-            for runs in RUNS:
-                mean, sd = ceiling(signal, runs, shared, ceilings)
-                known = 6 / np.pi * np.arcsin(np.sqrt(signal * runs / (signal * runs + 1)) / 2)
-                held = abs(mean - known) <= CLOSE
-                found = f"{mean:.3f} ± {sd:.3f}"
-                bar = f"{known:.3f} ± {CLOSE}"
-                yield ("ceilings", name, f"s = {signal:g}, R = {runs}", found, bar), held
+        for signal, runs in product(SIGNALS, RUNS):
+            mean, sd = ceiling(signal, runs, shared, banks)
+            known = 6 / np.pi * np.arcsin(np.sqrt(signal * runs / (signal * runs + 1)) / 2)
+            held = abs(mean - known) <= CLOSE
+            found, bar = f"{mean:.3f} ± {sd:.3f}", f"{known:.3f} ± {CLOSE}"
+            yield ("ceilings", name, f"s = {signal:g}, R = {runs}", found, bar), held
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -189,14 +198,23 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
+    add("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; default: all")
     add("--simulations", type=int, default=1000, help="judgements each (default: %(default)s)")
     add("--ceilings", type=int, default=20, help="banks to a ceiling (default: %(default)s)")
     args = parser.parse_args(argv)
+    if unknown := set(args.parts) - set(PARTS):
+        parser.error(f"there is no part {sorted(unknown)}; there are {', '.join(PARTS)}")
+    makers = {
+        "intervals": lambda: _intervals(args.simulations),
+        "chance": lambda: _chance(args.simulations),
+        "ceilings": lambda: _ceilings(args.ceilings),
+    }
     rows, held = [], []
-    for row, holds in _rows(args.simulations, args.ceilings):
-        rows.append((*row, verdict(holds)))
-        held.append(holds)
-        print(*rows[-1], sep="  ", file=sys.stderr, flush=True)
+    for part in args.parts or PARTS:
+        for row, holds in makers[part]():
+            rows.append((*row, verdict(holds)))
+            held.append(holds)
+            print(*rows[-1], sep="  ", file=sys.stderr, flush=True)
     print(format_table(_HEADER, rows))
     return int(not all(held))
 

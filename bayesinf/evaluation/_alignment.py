@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-__all__ = ["Aligned", "align", "check_same_kind", "outcomes"]
+__all__ = ["Aligned", "align", "check_same_kind", "influence_of", "outcomes"]
 
 CONSTANT = ("raise", "zero")
 FEWEST_SUBSETS = 4
@@ -119,6 +119,33 @@ def align(
     return Aligned(prediction, truth, query)
 
 
+def influence_of(
+    scores: xr.Dataset, name: str, *, like: xr.Dataset, owner: str, exact: bool
+) -> np.ndarray:
+    """Influence ``(n, Q)`` in float64 for the training examples and queries of other scores.
+
+    Parameters
+    ----------
+    scores, name
+        Scores, and what to call them.
+    like, owner
+        The others, with coordinates ``query`` and ``train``, and what to call them.
+    exact
+        Whether ``scores`` may be of no further training examples.
+
+    Raises
+    ------
+    ValueError
+        If ids are missing or repeat, measurements differ, or a score is not finite.
+    """
+    _check_scores(scores, name, str(like.attrs.get("measurement", "loss")))
+    owners = (owner, name)
+    rows = _positions(like["train"].values, scores["train"].values, "train", exact, owners)
+    columns = _positions(like["query"].values, scores["query"].values, "query", False, owners)
+    influence = scores["influence"].transpose("train", "query").values[np.ix_(rows, columns)]
+    return np.asarray(influence, dtype=np.float64)
+
+
 def method_name(scores: xr.Dataset) -> str:
     """Return the method that made the scores, for messages and tables."""
     return str(scores.attrs.get("method", "scores"))
@@ -163,30 +190,35 @@ def _check_scores(scores: xr.Dataset, name: str, measurement: str) -> None:
     if made_for != measurement:
         raise ValueError(
             f"{name} scores the measurement {made_for!r} and was to be judged on {measurement!r}. "
-            f"Use lds(..., measurement={made_for!r}) or make scores for {measurement!r}."
+            f"Use measurement={made_for!r} or make scores for {measurement!r}."
         )
     bad = ~np.isfinite(scores["influence"].values)
     if bad.any():
         raise ValueError(f"{name}: influence is not finite for {int(bad.sum())} pairs.")
 
 
-def _positions(wanted: np.ndarray, there: np.ndarray, kind: str, exact: bool = False) -> np.ndarray:
+def _positions(
+    wanted: np.ndarray,
+    there: np.ndarray,
+    kind: str,
+    exact: bool = False,
+    owners: tuple[str, str] | None = None,
+) -> np.ndarray:
     """Positions of the ids ``wanted`` among ``there``; with ``exact`` the sets must be equal."""
-    owners = ("bank", "scores") if exact else ("scores", "bank")
-    for owner, ids in zip(owners, (wanted, there), strict=True):
+    first, second = owners or (("the bank", "the scores") if exact else ("the scores", "the bank"))
+    for owner, ids in zip((first, second), (wanted, there), strict=True):
         if len(set(ids.tolist())) < len(ids):
-            raise ValueError(f"the {kind} ids of the {owner} repeat; they must be unique.")
+            raise ValueError(f"the {kind} ids of {owner} repeat; they must be unique.")
     place: dict[Any, int] = {key: i for i, key in enumerate(there.tolist())}
     missing = [key for key in wanted.tolist() if key not in place]
     surplus = sorted(set(place) - set(wanted.tolist()), key=str) if exact else []
     if missing or surplus:
-        owner = "scores" if exact else "bank"
-        parts = [f"the {owner} lack {len(missing)} ({missing[:5]})"] if missing else []
-        parts += [f"the scores have {len(surplus)} that the bank lacks ({surplus[:5]})"] * bool(
+        parts = [f"{second} lack {len(missing)} ({missing[:5]})"] if missing else []
+        parts += [f"{second} have {len(surplus)} that {first} lacks ({surplus[:5]})"] * bool(
             surplus
         )
         raise ValueError(
-            f"{kind} ids of scores and bank do not match: {' and '.join(parts)}. Usual cause: "
+            f"{kind} ids of {first} and {second} do not match: {' and '.join(parts)}. Usual cause: "
             f"another split, or {kind}_ids= given on one side only."
         )
     return np.array([place[key] for key in wanted.tolist()], dtype=np.int64)

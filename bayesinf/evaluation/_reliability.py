@@ -117,6 +117,45 @@ class SplitHalf:
         mean, lower, upper = (self.mean_ceiling(x, runs) for x in (rho.mean, rho.lower, rho.upper))
         return mean, (high - low) / 2, lower, upper
 
+    def relative(
+        self,
+        values: np.ndarray,
+        deleted: np.ndarray,
+        runs: float,
+        *,
+        random_queries: bool,
+        confidence: float,
+    ) -> MeanEstimate:
+        """Mean of correlations with outcomes of ``runs`` runs over the mean ceiling.
+
+        Parameters
+        ----------
+        values, deleted
+            ``(Q,)`` and ``(M, Q)`` correlations of a prediction, all and without subset ``j``.
+        runs, random_queries, confidence
+            As of the ceiling.
+
+        Returns
+        -------
+        MeanEstimate
+            The error is that of the ratio, linearised in the mean correlation and in ``ρ̄``.
+        """
+        rho = self.estimate(random_queries=random_queries, confidence=confidence)
+        step = max(rho.standard_error, 1e-6)
+        low, top, high = (self.mean_ceiling(rho.mean + k * step, runs) for k in (-1, 0, 1))
+        ratio, slope = values.mean() / top, (high - low) / (2 * step)
+
+        def linear(x: np.ndarray, half: np.ndarray) -> np.ndarray:
+            moved = (x - values.mean()) - ratio * slope * (half - self.values.mean())
+            return np.asarray(ratio + moved / top)
+
+        return mean_estimate(
+            linear(values, self.values),
+            linear(deleted, self.deleted),
+            random_queries=random_queries,
+            confidence=confidence,
+        )
+
 
 def _mean(outcomes: np.ndarray) -> np.ndarray:
     return np.asarray(outcomes.mean(axis=1))

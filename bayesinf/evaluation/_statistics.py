@@ -29,6 +29,7 @@ __all__ = [
     "correlate",
     "correlations",
     "delete_one",
+    "error_and_margin",
     "mean_estimate",
     "random_parts",
     "ranked",
@@ -120,6 +121,19 @@ class MeanEstimate:
     upper: float
 
 
+def error_and_margin(parts: list[tuple[float, int]], confidence: float) -> tuple[float, float]:
+    """Standard error and half-width of a t interval, from variances and their degrees of freedom.
+
+    The degrees of freedom of the sum are Satterthwaite's.
+    """
+    total = sum(variance for variance, _ in parts)
+    if total <= 0:
+        return 0.0, 0.0
+    freedom = total**2 / sum(v**2 / own for v, own in parts if v > 0)
+    error = float(np.sqrt(total))
+    return error, float(student_t.ppf(0.5 + confidence / 2, freedom)) * error
+
+
 def mean_estimate(
     values: np.ndarray, deleted: np.ndarray, *, random_queries: bool, confidence: float
 ) -> MeanEstimate:
@@ -149,14 +163,9 @@ def mean_estimate(
     if random_queries and q > 1:
         unshared = (own - subset_variance) * q / (q - 1)
         query_variance = max(0.0, float(values.var(ddof=1) - unshared)) / q
-    total = subset_variance + query_variance
-    error = float(np.sqrt(total))
     mean = float(values.mean())
-    margin = 0.0
-    if total > 0:
-        query_part = query_variance**2 / (q - 1) if q > 1 else 0.0
-        freedom = total**2 / (subset_variance**2 / (m - 1) + query_part)
-        margin = float(student_t.ppf(0.5 + confidence / 2, freedom)) * error
+    parts = [(subset_variance, m - 1), (query_variance, q - 1)]
+    error, margin = error_and_margin(parts, confidence)
     return MeanEstimate(
         mean=mean,
         standard_error=error,
