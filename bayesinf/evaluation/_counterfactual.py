@@ -22,7 +22,11 @@ from bayesinf._scores import text_labels, versions
 from bayesinf.evaluation._masks import CORRECT, Masks, check_repeats, measured
 from bayesinf.evaluation._problem import ModelFactory, examples
 from bayesinf.evaluation._recipes import Recipe
-from bayesinf.evaluation._replicates import mean_over_queries, stack_estimates
+from bayesinf.evaluation._replicates import (
+    mean_over_queries,
+    share_over_queries,
+    stack_estimates,
+)
 from bayesinf.evaluation._tables import Named, named, with_costs
 from bayesinf.evaluation._training import initialise
 from bayesinf.evaluation._values import most_helpful
@@ -302,8 +306,8 @@ def _change(
     dims = ("scorer", "count")
     over = np.stack([excess(control) for control in controls])
     return {
-        **stack_estimates("change", dims, effects.each(change), bounds=None),
-        **stack_estimates("excess", ("control", *dims), over, bounds=None),
+        **stack_estimates("change", dims, effects.each(change)),
+        **stack_estimates("excess", ("control", *dims), over),
         "change_query": ((*dims, "query"), by_query),
     }
 
@@ -330,13 +334,12 @@ def _flips(effects: _Effects, grid: np.ndarray, confidence: float) -> dict[str, 
         return found
 
     def flipped(scorer: str, j: int) -> Any:
-        parts = 1 - effects.replicates(CORRECT, scorer, j)[:, stable]
-        return mean_over_queries([parts], confidence)
+        return share_over_queries(1 - effects.replicates(CORRECT, scorer, j)[:, stable], confidence)
 
     def brittle(scorer: str, j: int) -> Any:
         reached = smallest[list(effects.plans).index(scorer)][stable] <= grid[j]
-        return mean_over_queries([reached[None].astype(np.float64)], confidence)
+        return share_over_queries(reached[None].astype(np.float64), confidence)
 
     for name, function in (("flipped", flipped), ("brittle", brittle)):
-        found |= stack_estimates(name, dims, effects.each(function), bounds=(0.0, 1.0))
+        found |= stack_estimates(name, dims, effects.each(function))
     return found

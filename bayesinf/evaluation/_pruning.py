@@ -16,7 +16,11 @@ from bayesinf._scores import text_labels, versions
 from bayesinf.evaluation._masks import CORRECT, Masks, check_repeats, measured
 from bayesinf.evaluation._problem import ModelFactory, examples
 from bayesinf.evaluation._recipes import Recipe
-from bayesinf.evaluation._replicates import mean_over_queries, stack_estimates
+from bayesinf.evaluation._replicates import (
+    mean_over_queries,
+    share_over_queries,
+    stack_estimates,
+)
 from bayesinf.evaluation._tables import Named, named, with_costs
 from bayesinf.evaluation._training import initialise
 from bayesinf.evaluation._values import common_values
@@ -155,19 +159,24 @@ def _curves(
         found: np.ndarray = runs[rows[0]] if len(rows) == 1 else runs[rows].mean(axis=1)
         return found
 
+    def level(part: np.ndarray) -> Any:
+        if title == "accuracy":
+            return share_over_queries(part, confidence)
+        return mean_over_queries([part], confidence)
+
     means, excesses = [], []
     for name, plan in plans.items():
         own = [replicates(rows) for rows in plan]
         others = [replicates(rows) for rows in plans[RANDOM]]
         pairs = [[x - y] if name == RANDOM else [x, -y] for x, y in zip(own, others, strict=True)]
-        means.append([mean_over_queries([x], confidence) for x in own])
+        means.append([level(x) for x in own])
         excesses.append([mean_over_queries(parts, confidence) for parts in pairs])
-    dims, bounds = ("scorer", "fraction"), (0.0, 1.0) if title == "accuracy" else None
-    full = np.array(mean_over_queries([runs[everything]], confidence))
+    dims = ("scorer", "fraction")
+    full = np.array(level(runs[everything]))
     return {
-        **stack_estimates(title, dims, np.array(means), bounds=bounds),
-        **stack_estimates(f"{title}_excess", dims, np.array(excesses), bounds=None),
-        **stack_estimates(f"full_{title}", (), full, bounds=bounds),
+        **stack_estimates(title, dims, np.array(means)),
+        **stack_estimates(f"{title}_excess", dims, np.array(excesses)),
+        **stack_estimates(f"full_{title}", (), full),
     }
 
 

@@ -16,9 +16,10 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import xarray as xr
+from scipy.stats import beta, norm
 from scipy.stats import t as student_t
 
-__all__ = ["Estimate", "mean_over_queries", "stack_estimates"]
+__all__ = ["Estimate", "mean_over_queries", "share_over_queries", "stack_estimates"]
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,26 @@ def mean_over_queries(parts: Sequence[np.ndarray], confidence: float) -> Estimat
     return Estimate(mean, float(np.sqrt(total)), mean - margin, mean + margin)
 
 
+def share_over_queries(part: np.ndarray, confidence: float) -> Estimate:
+    """The same of a share, ``part`` between 0 and 1, with an interval that stays there.
+
+    Clopper and Pearson's, for as many independent trials as have the width of the t interval,
+    ``p(1 − p)/(half-width/z)²`` (at most all entries), and one a query where all agree.
+    """
+    found = mean_over_queries([part], confidence)
+    replicates, queries = part.shape
+    share = min(max(found.mean, 0.0), 1.0)
+    spread = share * (1 - share)
+    known = (found.upper - found.mean) / float(norm.ppf(0.5 + confidence / 2))
+    trials = min(spread / known**2, replicates * queries) if known > 0 < spread else queries
+    tail, hits = (1 - confidence) / 2, share * trials
+    lower = float(beta.ppf(tail, hits, trials - hits + 1)) if hits > 0 else 0.0
+    upper = float(beta.ppf(1 - tail, hits + 1, trials - hits)) if hits < trials else 1.0
+    return Estimate(share, found.standard_error, lower, upper)
+
+
 def stack_estimates(
-    name: str, dims: tuple[str, ...], estimates: np.ndarray, *, bounds: tuple[float, float] | None
+    name: str, dims: tuple[str, ...], estimates: np.ndarray
 ) -> dict[str, xr.Variable]:
     """Variables ``name``, ``name_standard_error``, ``name_lower`` and ``name_upper``.
 
@@ -75,14 +94,10 @@ def stack_estimates(
         Of the variables.
     estimates
         Object array of :class:`Estimate`, of these dims.
-    bounds
-        That intervals cannot leave, as those of a share.
     """
     rows = [asdict(one) for one in estimates.ravel()]
     found = {}
     for field in ("mean", "standard_error", "lower", "upper"):
         values = np.array([row[field] for row in rows]).reshape(estimates.shape)
-        if bounds is not None and field in ("lower", "upper"):
-            values = values.clip(*bounds)
         found[name if field == "mean" else f"{name}_{field}"] = xr.Variable(dims, values)
     return found

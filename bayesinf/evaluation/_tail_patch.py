@@ -180,7 +180,7 @@ def _losses(task: Task, flat: Tensor, places: np.ndarray) -> np.ndarray:
 
 def _estimates(name: str, parts: Iterable[list[np.ndarray]], confidence: float) -> dict[str, Any]:
     found = np.array([mean_over_queries(own, confidence) for own in parts])
-    return dict(stack_estimates(name, ("scorer",), found, bounds=None))
+    return dict(stack_estimates(name, ("scorer",), found))
 
 
 def _require_finite(gains: dict[str, np.ndarray], query: np.ndarray) -> None:
