@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["BatchSums", "Estimates", "degrees_of_freedom", "estimate"]
+__all__ = ["BatchSums", "Estimates", "degrees_of_freedom", "estimate", "require_varying"]
 
 
 @dataclass(frozen=True)
@@ -115,11 +115,7 @@ def _standardised(s: BatchSums) -> BatchSums:
     scales = []
     for square in (s.x_square, s.y_square):
         variance = square.sum(axis=0) / s.length.sum()
-        if not (variance > 0).all():
-            raise ValueError(
-                f"{int((~(variance > 0)).sum())} losses never vary over the draws, so that they "
-                f"have no correlation. Use the covariance (normalize=None) or more, hotter draws."
-            )
+        require_varying(variance)
         scales.append(np.sqrt(variance))
     x, y = scales
     for product in s.product:
@@ -128,6 +124,15 @@ def _standardised(s: BatchSums) -> BatchSums:
     return BatchSums(
         s.length, s.chain, s.x / x, s.y / y, s.x_square / x**2, s.y_square / y**2, s.product
     )
+
+
+def require_varying(variance: np.ndarray) -> None:
+    """Raise ``ValueError`` where a loss that is to be correlated has no variance."""
+    if not (variance > 0).all():
+        raise ValueError(
+            f"{int((~(variance > 0)).sum())} losses never vary over the draws, so that they "
+            f"have no correlation. Use the covariance (normalize=None) or more, hotter draws."
+        )
 
 
 def _of_chain_means(s: BatchSums) -> np.ndarray:

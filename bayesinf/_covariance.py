@@ -2,7 +2,8 @@
 
 Shapes: ``x (C, T, Q)`` and ``y (C, T, N)`` for ``C`` chains of ``T`` draws; results ``(Q, N)``.
 Means and products are float64 (an uncentred float32 E[xy] − E[x]E[y] returns rounding noise for a
-trace of mean 2.5 and standard deviation 10⁻³).
+trace of mean 2.5 and standard deviation 10⁻³). Where draws are few, so that Monte-Carlo noise is
+far above rounding, products of centred float32 traces are float32.
 
 **Batches.** Standard errors are batch means (Flegal and Jones 2010). All batches of a chain have
 one length, a power of two, but the last, which takes the rest as well: a run can then be extended
@@ -23,7 +24,13 @@ from itertools import pairwise
 
 import numpy as np
 
-from bayesinf._batch_sums import BatchSums, Estimates, degrees_of_freedom, estimate
+from bayesinf._batch_sums import (
+    BatchSums,
+    Estimates,
+    degrees_of_freedom,
+    estimate,
+    require_varying,
+)
 
 __all__ = [
     "CrossCovariance",
@@ -123,6 +130,7 @@ def cross_covariance(
     batches_per_chain: int | None = None,
     block: int = 4096,
     replicates: bool = False,
+    errors: bool = True,
 ) -> CrossCovariance:
     r"""Covariances (or correlations) of every column of ``x`` with every column of ``y``.
 
@@ -142,6 +150,8 @@ def cross_covariance(
         Columns of ``y`` at a time, at most.
     replicates
         Also the estimates without each batch, and of each half.
+    errors
+        False: ``value`` alone, in one pass over it; ``mcse`` and ``within`` are empty.
 
     Returns
     -------
@@ -155,6 +165,8 @@ def cross_covariance(
         If there are too few draws, or a correlation is wanted of a loss that never varies.
     """
     slices = batch_slices(x.shape[0], x.shape[1], batches_per_chain)
+    if not errors:
+        return _alone(x, y, slices, center == "chain", correlation, block)
     if slices[0].stop <= _SHORT and not (correlation or replicates):
         return _of_short_batches(x, y, slices, center == "chain", block)
     blocks = _blocks(x, y, slices, columns_at_a_time(block, x.shape[0] * len(slices), x.shape[2]))
@@ -208,6 +220,46 @@ def _blocks(
         yield columns, BatchSums(length, owner, x_sum, y_sum, x_square, y_square, product)
 
 
+def _alone(
+    x: np.ndarray,
+    y: np.ndarray,
+    slices: list[slice],
+    by_chain: bool,
+    correlation: bool,
+    block: int,
+) -> CrossCovariance:
+    """Covariances or correlations without their errors."""
+    dtype, total = np.result_type(x, y), x.shape[0] * x.shape[1]
+    value = np.empty((x.shape[2], y.shape[2]), dtype)
+    rows = _centred(x, by_chain)
+    rows = _standard(rows) if correlation else rows / (total - 1)
+    rows = rows.astype(dtype).T
+    for start in range(0, value.shape[1], block):
+        columns = _centred(y[:, :, start : start + block], by_chain)
+        columns = _standard(columns) if correlation else columns
+        np.matmul(rows, columns.astype(dtype), out=value[:, start : start + block])
+    length = np.array([s.stop - s.start for s in slices] * len(x), dtype=np.float64)
+    empty, none = np.empty((0, 0)), value[None][:0]
+    return CrossCovariance(
+        value, empty, empty, len(length), degrees_of_freedom(length), length / total, none, none
+    )
+
+
+def _centred(values: np.ndarray, by_chain: bool) -> np.ndarray:
+    """Draws of all chains, ``(C·T, n)`` in float64, less their means."""
+    mean = values.mean(axis=1 if by_chain else (0, 1), dtype=np.float64, keepdims=True)
+    flat: np.ndarray = (values - mean).reshape(-1, values.shape[2])
+    return flat
+
+
+def _standard(centred: np.ndarray) -> np.ndarray:
+    """Centred values over the root of the sum of their squares."""
+    squares = np.einsum("tn,tn->n", centred, centred)
+    require_varying(squares)
+    scaled: np.ndarray = centred / np.sqrt(squares)
+    return scaled
+
+
 def _of_short_batches(
     x: np.ndarray, y: np.ndarray, slices: list[slice], by_chain: bool, block: int
 ) -> CrossCovariance:
@@ -221,25 +273,31 @@ def _of_short_batches(
     total, second = chains * draws, (length**2).sum()
     factor, scale = total / (total - 1), 1 / ((total - second / total) * total)
     shape = (x.shape[2], y.shape[2])
-    value, mcse, within = np.empty(shape), np.empty(shape), np.empty(shape)
-    xs, x_pairs, x_means = _centred_parts(x, slices, by_chain)
-    xs, x_pairs = xs * (factor / total), x_pairs * (factor**2 * scale)
-    x_means = x_means * (factor / chains)
+    dtype = np.result_type(x, y)
+    value, mcse, within = np.empty((3, *shape), dtype)
     of_length = (2 * length - second / total) * total * scale
-    weight = None if np.ptp(length) == 0 else np.repeat(of_length, length.astype(int))[:, None]
-    buffers = np.empty((3, _TILE[0] * _TILE[1]))
+    xs, x_pairs, x_means = _centred_parts(x, slices, by_chain)
+    by_length = xs * np.repeat(of_length, length.astype(int))[:, None]
+    equal = np.ptp(length) == 0
+    xs, x_pairs = xs * (factor / total), x_pairs * (factor**2 * scale)
+    x_means, by_length = x_means * (factor / chains), by_length * (factor / total)
+    xs, x_pairs, x_means, by_length = (
+        part.astype(dtype) for part in (xs, x_pairs, x_means, by_length)
+    )
+    buffers = np.empty((3, _TILE[0] * _TILE[1]), dtype)
     for start in range(0, shape[1], block):
-        ys, y_pairs, y_means = _centred_parts(y[:, :, start : start + block], slices, by_chain)
+        columns_of = _centred_parts(y[:, :, start : start + block], slices, by_chain)
+        ys, y_pairs, y_means = (part.astype(dtype, copy=False) for part in columns_of)
         for rows, columns in _tiles(shape[0], ys.shape[1]):
             size = rows.stop - rows.start, columns.stop - columns.start
             v, squares, rest = (b[: size[0] * size[1]].reshape(size) for b in buffers)
             out = rows, slice(start + columns.start, start + columns.stop)
             np.matmul(xs[:, rows].T, ys[:, columns], out=v)
             np.matmul(x_pairs[:, rows].T, y_pairs[:, columns], out=squares)
-            if weight is None:
-                np.multiply(v, of_length[0], out=rest)
+            if equal:
+                np.multiply(v, dtype.type(of_length[0]), out=rest)
             else:
-                np.matmul((xs[:, rows] * weight).T, ys[:, columns], out=rest)
+                np.matmul(by_length[:, rows].T, ys[:, columns], out=rest)
             rest *= v
             squares -= rest
             np.abs(squares, out=squares)  # rounding may leave less than 0
@@ -263,9 +321,8 @@ def _centred_parts(
     values: np.ndarray, slices: list[slice], by_chain: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Centred values ``(C·T, n)``, products of their pairs in a batch, and means of the chains."""
-    mean = values.mean(axis=1 if by_chain else (0, 1), dtype=np.float64, keepdims=True)
-    centred = values - mean
     chains, draws, n = values.shape
+    centred = _centred(values, by_chain).reshape(values.shape)
     pairs, weight = [], []
     for batch in slices:
         for s in range(batch.start, batch.stop):

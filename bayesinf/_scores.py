@@ -8,6 +8,7 @@ variable and say so in ``attrs["estimand"]``.
 from __future__ import annotations
 
 import json
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -127,6 +128,11 @@ def text_labels(ids: np.ndarray) -> np.ndarray:
 
 def versions() -> dict[str, str]:
     """Versions of what computed, as attributes."""
+    return dict(_versions())
+
+
+@cache
+def _versions() -> dict[str, str]:
     found = {}
     for package in ("bayesinf", "torch", "numpy"):
         try:

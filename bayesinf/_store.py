@@ -138,6 +138,7 @@ def covariance_of(
     batches_per_chain: int | None = None,
     block: int = 4096,
     replicates: bool = False,
+    errors: bool = True,
     mix: csr_array | None = None,
     query_mix: csr_array | None = None,
 ) -> CrossCovariance:
@@ -152,6 +153,8 @@ def covariance_of(
     measurement, center, correlation, batches_per_chain, block, replicates
         As of :func:`~bayesinf._covariance.cross_covariance`; batches are by default those of all
         chains, failed ones included, so that sums and traces have the same.
+    errors
+        As there; sums have their errors anyway.
     mix, query_mix
         ``(N, G)`` and ``(Q, H)``: covariances with ``losses @ mix`` instead, of ``φ @ query_mix``.
 
@@ -183,7 +186,7 @@ def covariance_of(
     assert isinstance(store, TraceStore)
     x = _mixed(store, "query", measurement, query, query_mix)
     y = _mixed(store, "train", "loss", train, mix)
-    return cross_covariance(x, y, **options)
+    return cross_covariance(x, y, errors=errors, **options)
 
 
 def batch_shares(store: Store, batches_per_chain: int | None) -> np.ndarray:

@@ -41,6 +41,9 @@ __all__ = ["TraceStore", "open_traces"]
 
 _READ_VALUES = 1 << 22
 
+_HELD_VALUES = 1 << 24
+"""Arrays up to this size stay in memory once read, as pairs may be asked for block by block."""
+
 
 class TraceStore(ChainRecord):
     """A store of traces on disk or in memory; made by :func:`bayesinf.sample`.
@@ -68,7 +71,10 @@ class TraceStore(ChainRecord):
         self._memory: tuple[dict[str, Any], bytes] | None = None
         self.draws = 0
         self._payload: bytes | None = None
+        self._with_tokens = [g for g in ("train", "query") if f"{g}_token" in root]
+        self._ids: dict[str, np.ndarray] = {}
         self._axes: dict[str, Axis] = {}
+        self._held: dict[str, np.ndarray] = {}
         self._read_commit()
 
     # ------------------------------------------------------------------ making and opening
@@ -172,6 +178,7 @@ class TraceStore(ChainRecord):
             f"The {self.draws} draws before them are committed and intact; free space (or mend the "
             f"disk) and call sample() again with the same arguments to go on.",
         ):
+            self._held.clear()
             for name, array in values.items():
                 self._root[name][:, self.draws : self.draws + k] = array
             self._commit(self.draws + k, payload, extra)
@@ -228,7 +235,9 @@ class TraceStore(ChainRecord):
 
     def ids(self, group: str) -> np.ndarray:
         """Ids of the observed examples of ``"train"`` or ``"query"``."""
-        return np.asarray(self._root[group][group][:])
+        if group not in self._ids:
+            self._ids[group] = np.asarray(self._root[group][group][:])
+        return self._ids[group]
 
     def axis(self, group: str, *, tokens: bool = False) -> Axis:
         """Labels of the observed examples of a group, or of their tokens.
@@ -247,9 +256,9 @@ class TraceStore(ChainRecord):
         """
         if not tokens:
             return Axis(group, self.ids(group))
-        if f"{group}_token" not in self._root:
-            self.refuse_tokens(group)
         if group not in self._axes:
+            if not self.has_tokens(group):
+                self.refuse_tokens(group)
             stored, examples = self._root[f"{group}_token"], self.ids(group)
             own = np.asarray(stored[group][:])
             starts = np.flatnonzero(np.concatenate([[True], own[1:] != own[:-1], [True]]))
@@ -261,7 +270,7 @@ class TraceStore(ChainRecord):
 
     def has_tokens(self, group: str) -> bool:
         """Whether the losses of a group were recorded token by token."""
-        return f"{group}_token" in self._root
+        return group in self._with_tokens
 
     def values(
         self, group: str, measurement: str = "loss", *, tokens: bool = False
@@ -319,9 +328,9 @@ class TraceStore(ChainRecord):
         what = what or Selection()
         self._check_recorded(group, measurement, what.tokens)
         by_token = measurement == "loss" and self.has_tokens(group)
-        array = self._root[f"{group}_token" if by_token else group][measurement]
+        name = f"{group}_token/{measurement}" if by_token else f"{group}/{measurement}"
         if what.tokens == by_token:
-            return self._columns(array, what.pick)
+            return self._columns(name, what.pick)
         axis = self.axis(group, tokens=True)
         assert axis.starts is not None
         pick = np.arange(len(axis.examples)) if what.pick is None else what.pick
@@ -332,17 +341,24 @@ class TraceStore(ChainRecord):
             own = pick[start : start + step]
             first = np.concatenate([[0], np.diff(axis.starts)[own].cumsum()[:-1]])
             entries = runs(axis.starts[own], axis.starts[own + 1])
-            tokens = self._columns(array, entries)
+            tokens = self._columns(name, entries)
             out[:, :, start : start + step] = np.add.reduceat(
                 tokens, first, axis=2, dtype=np.float64
             )
         return out
 
-    def _columns(self, array: Any, pick: np.ndarray | None) -> np.ndarray:
-        """Committed draws of the healthy chains, all columns or some."""
+    def _columns(self, name: str, pick: np.ndarray | None) -> np.ndarray:
+        """Committed draws of the healthy chains, all columns or some; of a small array held."""
         where = slice(None) if pick is None else as_slice(pick)
-        read = array if isinstance(where, slice) else array.oindex
-        found = np.asarray(read[:, : self.draws, where])
+        if name not in self._held:
+            array = self._root[name]
+            if self.draws * array.shape[0] * array.shape[2] > _HELD_VALUES:
+                read = array if isinstance(where, slice) else array.oindex
+                found = np.asarray(read[:, : self.draws, where])
+                return found if not self.failed else found[self.healthy]
+            self._held[name] = np.asarray(array[:, : self.draws])
+            self._held[name].setflags(write=False)
+        found = self._held[name][:, :, where]
         return found if not self.failed else found[self.healthy]
 
     def _check_recorded(self, group: str, measurement: str, tokens: bool) -> None:

@@ -133,26 +133,31 @@ def _bif(folder: Path, block: int, keep: int, stages: dict[str, Any]) -> dict[st
         del losses
         with _stage(stages, "diagnosis"):  # once a store, whatever is then asked of it
             bi.bif(store, query=0, train=0, center="grand")
+        with _stage(stages, "sequence with errors"):
+            bi.bif(store, center="grand")
         with _stage(stages, "sequence"):
-            scores = bi.bif(store, center="grand")
+            scores = bi.bif(store, center="grand", errors=False)
         gap = np.abs(scores["influence"].values + tokens**2 * expected).max()
         found = {"sequence": float(gap / (tokens**2 * np.abs(expected).max()))}
         parts: list[dict[str, Any]] = []
         for start in range(0, block, _ROWS):
             parts.append({})
             ids = np.arange(start, min(start + _ROWS, block))
+            with _stage(parts[-1], "token with errors"):
+                bi.bif(store, tokens="both", query=ids, center="grand")
             with _stage(parts[-1], "token"):
-                scores = bi.bif(store, tokens="both", query=ids, center="grand")
+                scores = bi.bif(store, tokens="both", query=ids, center="grand", errors=False)
             ours = scores["influence"].values.reshape(len(ids), tokens, block, tokens)
             ours = ours[(-start) % keep :: keep, :, ::keep].transpose(0, 2, 1, 3)
             first = -(-start // keep)
             gap = np.abs(ours + kept[first : first + len(ours)]).max(initial=0.0)
             worst = max(worst, float(gap))
             del scores, ours
-    stages["token"] = {
-        key: (max if key == "peak_rss_mb" else sum)(part["token"][key] for part in parts)
-        for key in parts[0]["token"]
-    }
+    for stage, keys in parts[0].items():
+        stages[stage] = {
+            key: (max if key == "peak_rss_mb" else sum)(part[stage][key] for part in parts)
+            for key in keys
+        }
     return {**found, "token": worst / float(np.abs(kept).max())}
 
 

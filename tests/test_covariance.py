@@ -188,6 +188,23 @@ def test_batches_are_powers_of_two_and_at_least_twelve() -> None:
     assert all(a.stop == b.start for a, b in pairwise(slices))
 
 
+@pytest.mark.parametrize(("chains", "draws"), [(2, 20), (2, 21)])
+def test_products_of_float32_traces_round_as_float32(chains: int, draws: int) -> None:
+    """Losses of mean 2.5 and deviation 10⁻³, exact to the rounding of their deviations."""
+    x, y = (2.5 + 1e-3 * _normal((chains, draws, n), n) for n in (3, 7))
+    x32, y32 = (values.astype(np.float32) for values in (x, y))
+    exact = cross_covariance(x32.astype(np.float64), y32.astype(np.float64))
+    short = cross_covariance(x32, y32)
+    assert short.value.dtype == np.float32
+    for name in ("value", "mcse", "within"):
+        np.testing.assert_allclose(
+            getattr(short, name), getattr(exact, name), rtol=2e-5, atol=2e-11
+        )
+    alone = cross_covariance(x32, y32, errors=False, block=4)
+    np.testing.assert_allclose(alone.value, exact.value, rtol=1e-5, atol=1e-11)
+    assert (alone.batches, alone.freedom) == (exact.batches, exact.freedom)
+
+
 def test_errors() -> None:
     with pytest.raises(ValueError, match="at least two batches"):
         cross_covariance(_normal((1, 1, 1), 0), _normal((1, 1, 1), 1))

@@ -131,4 +131,5 @@ def test_failed_chains_are_left_out():
         }  # fmt: skip
         traces, sums = run(**options), run(bi.StreamingCovariance(), **options)
         assert len(sums.healthy) == 3
-        close(*(bi.bif(t, tokens="both", center="grand") for t in (sums, traces)))
+        # products of so few draws are float32
+        close(*(bi.bif(t, tokens="both", center="grand") for t in (sums, traces)), rtol=1e-6)

@@ -36,6 +36,7 @@ def bif(
     block_size: int = 4096,
     target_mcse: float | None = None,
     replicates: bool = False,
+    errors: bool = True,
     top_k: int | None = None,
     store: str | os.PathLike[str] | None = None,
 ) -> xr.Dataset:
@@ -77,6 +78,9 @@ def bif(
         Also keep the scores without each batch and from each half of the chains, from which
         :func:`bayesinf.lds` tells its own Monte-Carlo error; for ``B`` batches this takes ``B + 2``
         times the memory of the scores.
+    errors
+        False: ``influence`` alone, a few times faster where pairs are very many: for a first look
+        at all tokens, say. How sure one can be of it is then not known.
     top_k
         Keep only the ``k`` most helpful and the ``k`` most harmful for each query (or query token),
         dims ``(query, side, rank)``, with their errors; the whole matrix never exists.
@@ -103,8 +107,8 @@ def bif(
         If there is no draw or no healthy chain.
     ValueError
         If there are too few draws for a standard error, the posterior has ``n_beta = 0``,
-        ``target_mcse`` is not between 0 and 1, or two of ``top_k``, ``store`` and ``replicates``
-        are given.
+        ``target_mcse`` is not between 0 and 1, two of ``top_k``, ``store`` and ``replicates`` are
+        given, or ``target_mcse`` or ``replicates`` with ``errors=False``.
 
     Warns
     -----
@@ -122,15 +126,20 @@ def bif(
     began = time.perf_counter()
     if target_mcse is not None:
         check_wanted("target_mcse", target_mcse)
+    if not errors and (replicates or target_mcse is not None):
+        raise ValueError(
+            "errors=False leaves the standard errors out, and target_mcse= and replicates= are "
+            "about them. Give one or the other."
+        )
     check_recorded(traces, measurement)
     traces.warn_of_failures(stacklevel=2)
     rows, columns = sides(traces, tokens, query, train)
     how = checked_center(traces, center, stacklevel=2)
     settings = {
         "measurement": measurement, "tokens": tokens, "normalize": normalize, "center": how,
-        "batches_per_chain": batches_per_chain,
+        "batches_per_chain": batches_per_chain, "errors": errors,
     }  # fmt: skip
-    sink = make_sink(store, top_k, replicates, rows, columns, _run_of(traces, settings))
+    sink = make_sink(store, top_k, replicates, errors, rows, columns, _run_of(traces, settings))
     posterior, n = traces.config["posterior"], traces.config["task"]["n"]
     damping = damping_of(posterior)
     precision = score_pairs(
@@ -140,6 +149,7 @@ def bif(
         columns,
         sink,
         1.0 if normalize == "correlation" else posterior["n_beta"] / n,
+        errors,
         center=how,
         correlation=normalize == "correlation",
         batches_per_chain=batches_per_chain,
@@ -159,8 +169,8 @@ def bif(
             "measurement": measurement,
             "tokens": tokens,
             "center": how,
-            "mcse_df": freedom_of(traces, batches_per_chain),
-            "relative_mcse": precision,
+            "mcse_df": freedom_of(traces, batches_per_chain) if errors else None,
+            "relative_mcse": precision if errors else None,
             "chains": len(traces.healthy),
             "draws": traces.draws,
             "sampler": traces.config["sampler"],

@@ -27,6 +27,7 @@ from bayesinf.attribution._sinks import (
 __all__ = ["Side", "make_sink", "score_pairs", "sides"]
 
 _BLOCK_VALUES = 1 << 19
+_NAMES = ("influence", "mcse", "influence_within")
 _REPLICATES: dict[str, Leading] = {
     "influence_replicate": ("batch", None),
     "influence_half": ("half", None),
@@ -73,6 +74,7 @@ def make_sink(
     path: str | os.PathLike[str] | None,
     top_k: int | None,
     replicates: bool,
+    errors: bool,
     query: Side,
     train: Side,
     config: dict[str, Any],
@@ -99,8 +101,8 @@ def make_sink(
     if path is None:
         return MatrixSink(query.axis, train.axis, _REPLICATES if replicates else {})
     whole = {**config, "query": _digest(query), "train": _digest(train)}
-    names: dict[str, Leading | None] = {"influence": None, "mcse": None, "influence_within": None}
-    return StoreSink(path, query.axis, train.axis, names, whole, "float32")
+    names = _NAMES if errors else _NAMES[:1]
+    return StoreSink(path, query.axis, train.axis, dict.fromkeys(names), whole, "float32")
 
 
 def score_pairs(
@@ -110,9 +112,10 @@ def score_pairs(
     train: Side,
     sink: MatrixSink | TopSink | StoreSink,
     scale: float,
+    errors: bool,
     **options: Any,
 ) -> float:
-    """Write ``−scale · Cov`` of all pairs to a sink, with standard errors.
+    """Write ``−scale · Cov`` of all pairs to a sink.
 
     Parameters
     ----------
@@ -126,34 +129,43 @@ def score_pairs(
         Where blocks go.
     scale
         Of influence per covariance, without its sign.
+    errors
+        With standard errors and what is centred per chain.
     **options
         Of :func:`~bayesinf._store.covariance_of`.
 
     Returns
     -------
     float
-        :func:`~bayesinf._accuracy.relative_mcse` of all pairs.
+        :func:`~bayesinf._accuracy.relative_mcse` of all pairs; NaN without errors.
     """
-    spread = _Spread(query.axis.size)
+    spread = _Spread(query.axis.size) if errors else None
     for rows, columns in _blocks(query.axis.size, train.axis.size):
         if isinstance(sink, StoreSink) and sink.done(rows, columns):
-            spread.add(rows, sink.read(rows, columns))
+            if spread is not None:
+                spread.add(rows, sink.read(rows, columns))
             continue
         found = covariance_of(
             store,
             measurement,
             query=query.selection(rows),
             train=train.selection(columns),
+            errors=errors,
             **options,
         )
-        block = _scores(found, scale)
+        block = _scores(found, scale, errors)
         sink.write(rows, columns, block)
-        spread.add(rows, block)
+        if spread is not None:
+            spread.add(rows, block)
+    if spread is None:
+        return float("nan")
     return median_relative(spread.signal / spread.count, spread.noise / spread.count)
 
 
-def _scores(found: CrossCovariance, scale: float) -> dict[str, np.ndarray]:
-    block = {"influence": found.value, "mcse": found.mcse, "influence_within": found.within}
+def _scores(found: CrossCovariance, scale: float, errors: bool) -> dict[str, np.ndarray]:
+    block = {"influence": found.value}
+    if errors:
+        block |= {"mcse": found.mcse, "influence_within": found.within}
     for name, array in block.items():  # in place: a block is as large as a cache
         array *= scale if name == "mcse" else -scale
     if len(found.deleted):
@@ -170,14 +182,15 @@ class _Spread:
 
     def add(self, rows: slice, block: Block) -> None:
         """Add a block (two means of parts give that of the whole: Chan et al. 1983)."""
-        value = np.asarray(block["influence"], dtype=np.float64)
-        size, mean = value.shape[1], value.mean(axis=1)
+        value, error = np.asarray(block["influence"]), np.asarray(block["mcse"])
+        size, mean = value.shape[1], value.mean(axis=1, dtype=np.float64)
         before, gap = self.count[rows], mean - self.mean[rows]
         total = before + size
-        self.signal[rows] += ((value - mean[:, None]) ** 2).sum(axis=1)
+        deviation = value - mean.astype(value.dtype)[:, None]
+        self.signal[rows] += np.einsum("qn,qn->q", deviation, deviation)
         self.signal[rows] += gap**2 * before * size / total
         self.mean[rows] += gap * size / total
-        self.noise[rows] += np.square(block["mcse"], dtype=np.float64).sum(axis=1)
+        self.noise[rows] += np.einsum("qn,qn->q", error, error)
         self.count[rows] = total
 
 

@@ -107,6 +107,30 @@ def test_influence_is_minus_n_beta_over_n_times_the_covariance() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::bayesinf.ConvergenceWarning")
+@pytest.mark.parametrize("center", ["grand", "chain"])
+@pytest.mark.parametrize("normalize", [None, "correlation"])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_scores_without_errors(center, normalize, streamed, tmp_path) -> None:
+    kept = bi.StreamingCovariance() if streamed else None
+    traces = _sample(quadratic.make(), draws=50, store=kept)
+    options = {"center": center, "normalize": normalize}
+    whole = bi.bif(traces, **options)
+    for more in ({}, {"store": tmp_path / "scores"}):
+        alone = bi.bif(traces, errors=False, **options, **more)
+        assert set(alone.data_vars) == {"influence"}
+        assert not {"mcse_df", "relative_mcse"} & set(alone.attrs)
+        scale = float(abs(whole["influence"]).max())
+        np.testing.assert_allclose(alone["influence"], whole["influence"], atol=1e-5 * scale)
+
+
+def test_errors_are_wanted_or_not() -> None:
+    traces = _sample(quadratic.make(), draws=50)
+    for asked in ({"replicates": True}, {"target_mcse": 0.1}):
+        with pytest.raises(ValueError, match="errors=False leaves the standard errors out"):
+            bi.bif(traces, errors=False, **asked)
+
+
+@pytest.mark.filterwarnings("ignore::bayesinf.ConvergenceWarning")
 def test_observing_a_subset_keeps_n() -> None:
     problem = quadratic.make()
     every = bi.bif(_sample(problem, draws=60), center="grand")

@@ -33,9 +33,12 @@ def theirs() -> dict[str, object]:
     }
 
 
+SCORING = ("diagnosis", "sequence", "sequence with errors", "token", "token with errors")
+
+
 def scored(seconds: float = 1.9, sequence: float = 1e-6, token: float = 1e-7) -> dict[str, object]:
     return {
-        "stages": stages("diagnosis", "sequence", "token", seconds=seconds),
+        "stages": stages(*SCORING, seconds=seconds),
         "rss_after_import_mb": 50.0,
         "differences": {"sequence": sequence, "token": token},
     }
@@ -166,4 +169,4 @@ def test_differences_from_the_peers_matrices(
     for name, difference in report["differences"].items():
         assert (difference > 0.01) == (name == wrong)
         assert difference < 1e-5 or name == wrong
-    assert set(report["stages"]) == {"diagnosis", "sequence", "token"}
+    assert set(report["stages"]) == set(SCORING)
