@@ -18,7 +18,7 @@ from bayesinf._streaming import StreamingCovariance
 from bayesinf._traces import TraceStore
 from bayesinf.attribution._covariance_scores import make_sink, score_pairs, sides
 
-__all__ = ["bif", "checked_center", "damping_of"]
+__all__ = ["bif", "checked_center", "damping_of", "passes"]
 
 _DIAGNOSED_EXAMPLES = 100
 
@@ -177,7 +177,7 @@ def bif(
             "batch_size": traces.config["batch_size"],
             **traces.commit_facts.get("checks", {}),
             "checkpoint": traces.config["task"]["checkpoint"],
-            **_passes(traces, len(traces.ids("query")) + len(traces.ids("train"))),
+            **passes(traces, len(traces.ids("query")) + len(traces.ids("train"))),
             "seconds": {
                 "sampling": traces.commit_facts["seconds"],
                 "covariance": time.perf_counter() - began,
@@ -247,7 +247,7 @@ def damping_of(posterior: dict[str, float]) -> float:
     return posterior["gamma"] / posterior["n_beta"] + posterior["weight_decay"]
 
 
-def _passes(traces: TraceStore | StreamingCovariance, observed: int) -> dict[str, int]:
+def passes(traces: TraceStore | StreamingCovariance, observed: int) -> dict[str, int]:
     """Examples that went forward and backward, over all chains."""
     config = traces.config
     steps = config["warmup"] + traces.draws * config["thin"]

@@ -17,7 +17,7 @@ from bayesinf._batch_sums import degrees_of_freedom
 from bayesinf._covariance import batch_slices, batches_of_a_chain
 from bayesinf._scores import text_labels, versions
 from bayesinf._traces import TraceStore
-from bayesinf.attribution._bif import checked_center, damping_of
+from bayesinf.attribution._bif import checked_center, damping_of, passes
 
 __all__ = ["self_variance"]
 
@@ -100,6 +100,7 @@ def self_variance(
         "checkpoints": 1,
         "checkpoint": traces.config["task"]["checkpoint"],
         "n": n,
+        **passes(traces, len(ids)),
         "seconds": json.dumps(seconds),
         **versions(),
     }

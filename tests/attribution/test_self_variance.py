@@ -36,6 +36,9 @@ def test_diagonal_of_scores_with_the_training_set_as_queries(chains: int, center
     np.testing.assert_allclose(found["mcse"], scores["mcse"].values[diagonal, diagonal], rtol=1e-6)
     assert found.attrs["mcse_df"] == scores.attrs["mcse_df"]
     assert (found["value"] > 0).all()
+    observed = chains * 50 * task.n  # queries are no part of it
+    assert found.attrs["forward_examples"] == scores.attrs["forward_examples"] - observed
+    assert found.attrs["backward_examples"] == scores.attrs["backward_examples"]
 
 
 def test_standard_errors_of_independent_draws() -> None:
