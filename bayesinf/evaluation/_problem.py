@@ -134,15 +134,19 @@ def check_design(subsets: xr.DataArray, seeds: Sequence[int]) -> None:
     ValueError
         For either.
     """
+    labelled = isinstance(subsets, xr.DataArray)
     if (
-        subsets.dims != ("subset", "train")
+        not labelled
+        or subsets.dims != ("subset", "train")
         or subsets.dtype != bool
         or "train" not in subsets.coords
     ):
+        what = f"{subsets.dtype} with dims {subsets.dims}" if labelled else type(subsets).__name__
+        known = [str(k) for k in subsets.coords] if labelled else []
         raise ValueError(
             f"subsets must be a boolean DataArray with dims ('subset', 'train') and train ids as "
-            f"coordinate; got {subsets.dtype} with dims {subsets.dims} and coordinates "
-            f"{[str(k) for k in subsets.coords]}. Make it with random_subsets(...)."
+            f"coordinate; got {what} and coordinates {known}. Make it with random_subsets(...), or "
+            f"of your own lists with listed_subsets(...)."
         )
     if not subsets.values.any(axis=1).all():
         raise ValueError(
