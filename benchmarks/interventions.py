@@ -162,7 +162,8 @@ def mislabels(benchmark: BenchmarkTask, options: argparse.Namespace) -> str:
     labels, chosen = flip_labels(y, SHARE, int(y.max()) + 1, seed=0)
     values = difficulty(benchmark, (x, labels), query)
     table = mislabel_detection(values, chosen)
-    _save(plot_mislabels(table), options.figures / f"mislabels-{benchmark.name}.png")
+    axes = plot_mislabels(table, variable="average_precision")
+    _save(axes, options.figures / f"mislabels-{benchmark.name}.png")
     rows = [
         (
             name,

@@ -85,7 +85,7 @@ def plot_curves(
     ax: Axes | None = None,
     labels: Mapping[str, str] | None = None,
 ) -> Axes:
-    """Draw a curve with its intervals per method; random controls are grey and dashed.
+    """Draw a curve with its intervals per method; random controls are grey, dashed or dotted.
 
     Parameters
     ----------
@@ -122,13 +122,16 @@ def plot_curves(
     ax = ax if ax is not None else _new_axes((6.5, 4.0))
     x = table[along].values
     shift = 0.012 * (np.arange(len(names)) - (len(names) - 1) / 2)
-    color = 0
+    controls = [name for name in names if name.startswith("random")]
+    methods = [name for name in names if name not in controls]
     for k, name in enumerate(names):
         own = table.sel(scorer=name)
-        style: dict[str, Any] = {"color": CONTROL, "linestyle": "--" if color else ":"}
-        if not name.startswith("random"):
-            style = {"color": f"C{color % 10}", "linestyle": "-" if color < 10 else "-."}
-            color += 1
+        style: dict[str, Any] = {}
+        if name in controls:
+            style |= {"color": CONTROL, "linestyle": ("--", ":")[controls.index(name) % 2]}
+        else:
+            place = methods.index(name)
+            style |= {"color": f"C{place % 10}", "linestyle": "-" if place < 10 else "-."}
         ax.errorbar(
             x * (1 + shift[k]), own[variable].values, yerr=_whiskers(own, variable), fmt="o",
             markersize=3.5, capsize=2, elinewidth=0.9, linewidth=1.2,
