@@ -28,12 +28,11 @@ import torch
 import xarray as xr
 
 import bayesinf as bi
-from bayesinf.evaluation._pbrf import pbrf
-from bayesinf.evaluation._statistics import MeanEstimate, correlate, mean_estimate
+from bayesinf.evaluation import pbrf, pbrf_correlation
 from benchmarks._table import format_table, verdict
 from benchmarks.tasks import TASKS, get_task
 
-__all__ = ["SOLVERS", "Agreement", "Solver", "agreement", "main"]
+__all__ = ["SOLVERS", "Solver", "main"]
 
 BAR = 0.99
 _HEADER = ("method", "correlation [95 %]", "pooled", "slope", "seconds", "bar", "")
@@ -77,60 +76,16 @@ SOLVERS = (
 )
 
 
-@dataclass(frozen=True)
-class Agreement:
-    """How scores agree with the truth.
-
-    Attributes
-    ----------
-    mean
-        Correlation over training examples, averaged over queries, with its interval.
-    pooled
-        Correlation over all pairs.
-    slope
-        Of the truth on the scores, through the origin; NaN for similarities.
-    """
-
-    mean: MeanEstimate
-    pooled: float
-    slope: float
-
-    @property
-    def holds(self) -> bool:
-        """Whether the interval lies above the bar."""
-        return self.mean.lower >= BAR
-
-
-def agreement(scores: xr.Dataset, truth: xr.Dataset) -> Agreement:
-    """Compare scores with the truth on its training examples.
-
-    Parameters
-    ----------
-    scores
-        Of all training examples.
-    truth
-        Responses of some of them, for the same queries.
-    """
-    x, y = (
-        s["influence"].sel(train=truth["train"], query=truth["query"]).transpose("train", "query")
-        .values.astype(np.float64) for s in (scores, truth)
-    )  # fmt: skip
-    deleted = [correlate(np.delete(x, m, axis=0), np.delete(y, m, axis=0)) for m in range(len(x))]
-    mean = mean_estimate(correlate(x, y), np.stack(deleted), random_queries=True, confidence=0.95)
-    ranks = scores.attrs.get("estimand") == "similarity"
-    slope = float("nan") if ranks else float((x * y).sum() / (x * x).sum())
-    return Agreement(mean, float(np.corrcoef(x.ravel(), y.ravel())[0, 1]), slope)
-
-
-def _row(solver: Solver, a: Agreement, seconds: float) -> tuple[str, ...]:
+def _row(solver: Solver, a: xr.Dataset) -> tuple[str, ...]:
+    mean, lower, upper = (float(a[name]) for name in ("correlation", "lower", "upper"))
     return (
         solver.name,
-        f"{a.mean.mean:.4f} [{a.mean.lower:.4f}, {a.mean.upper:.4f}]",
-        f"{a.pooled:.4f}",
-        "" if np.isnan(a.slope) else f"{a.slope:.3f}",
-        f"{seconds:.1f}",
+        f"{mean:.4f} [{lower:.4f}, {upper:.4f}]",
+        f"{float(a['pooled']):.4f}",
+        "" if np.isnan(a["slope"]) else f"{float(a['slope']):.3f}",
+        f"{float(a['seconds']):.1f}",
         f"lower end ≥ {BAR}" if solver.exact else "",
-        verdict(a.holds if solver.exact else None),
+        verdict(lower >= BAR if solver.exact else None),
     )
 
 
@@ -170,9 +125,9 @@ def main(argv: list[str] | None = None) -> int:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             scores = solver.scores(task, args.damping)
-        found = agreement(scores, truth)
-        rows.append(_row(solver, found, _seconds(scores)))
-        held.extend([found.holds] * solver.exact)
+        found = pbrf_correlation(scores, truth).isel(scorer=0)
+        rows.append(_row(solver, found))
+        held.extend([float(found["lower"]) >= BAR] * solver.exact)
         for warning in caught:
             if issubclass(warning.category, UserWarning):
                 print(f"{solver.name}: {warning.category.__name__}: {warning.message}")

@@ -1,15 +1,18 @@
 """Judging scores by real retrainings."""
 
+from bayesinf.evaluation._agreement import agreement, seed_stability
 from bayesinf.evaluation._alpha import alpha_curve
 from bayesinf.evaluation._bank import make_bank, open_bank, save_bank
 from bayesinf.evaluation._ceiling import effective_queries, noise_ceiling
 from bayesinf.evaluation._counterfactual import RemovalWarning, removal_counterfactual
 from bayesinf.evaluation._gaps import response_gaps
 from bayesinf.evaluation._lds import lds, lds_difference, lds_table
+from bayesinf.evaluation._loo import loo_correlation
 from bayesinf.evaluation._mislabelled import mislabel_detection
 from bayesinf.evaluation._null import lds_null
 from bayesinf.evaluation._own_training import retrain_with
 from bayesinf.evaluation._pbrf import pbrf
+from bayesinf.evaluation._pbrf_correlation import pbrf_correlation
 from bayesinf.evaluation._pruning import pruning_curve
 from bayesinf.evaluation._recipes import AdamWRecipe, Recipe, SGDRecipe
 from bayesinf.evaluation._retraining import retrain, train_one
@@ -26,6 +29,7 @@ __all__ = [
     "Recipe",
     "RemovalWarning",
     "SGDRecipe",
+    "agreement",
     "alpha_curve",
     "disjoint_subsets",
     "effective_queries",
@@ -35,11 +39,13 @@ __all__ = [
     "lds_table",
     "leave_one_out",
     "listed_subsets",
+    "loo_correlation",
     "make_bank",
     "mislabel_detection",
     "noise_ceiling",
     "open_bank",
     "pbrf",
+    "pbrf_correlation",
     "pruning_curve",
     "random_subsets",
     "removal_counterfactual",
@@ -47,6 +53,7 @@ __all__ = [
     "retrain",
     "retrain_with",
     "save_bank",
+    "seed_stability",
     "tail_patch",
     "train_one",
 ]

@@ -1,40 +1,10 @@
-"""The PBRF program on a few examples of its smallest task, and its comparison."""
+"""The PBRF program on a few examples of its smallest task."""
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
-import xarray as xr
 
-import bayesinf as bi
 from benchmarks import pbrf as program
-
-
-def make(influence: np.ndarray, estimand: str = "influence") -> xr.Dataset:
-    return bi.make_scores(
-        influence, query=np.arange(len(influence)), train=np.arange(influence.shape[1]),
-        method="m", estimand=estimand,
-    )  # fmt: skip
-
-
-def test_agreement_is_by_query_and_by_id() -> None:
-    rng = np.random.default_rng(0)
-    truth = rng.standard_normal((6, 40))
-    scale = np.arange(1, 7)[:, None]  # of each query: pooled sees it, the mean does not
-    found = program.agreement(make(scale * truth), make(truth).isel(train=[5, 3, 30, 8, 9]))
-    assert found.mean.mean == pytest.approx(1.0, abs=1e-12)
-    assert found.mean.lower == pytest.approx(1.0, abs=1e-6)
-    assert found.holds
-    assert found.pooled < 0.99
-    x, y = (scale * truth)[:, [5, 3, 30, 8, 9]], truth[:, [5, 3, 30, 8, 9]]
-    assert found.slope == pytest.approx((x * y).sum() / (x * x).sum())
-    noisy = truth + 0.5 * rng.standard_normal(truth.shape)
-    other = program.agreement(make(noisy, "similarity"), make(truth))
-    each = [np.corrcoef(a, b)[0, 1] for a, b in zip(noisy, truth, strict=True)]
-    assert other.mean.mean == pytest.approx(np.mean(each))
-    assert other.mean.lower < other.mean.mean < other.mean.upper
-    assert not other.holds
-    assert np.isnan(other.slope)
 
 
 def test_program_judges_the_exact_method(
