@@ -183,6 +183,12 @@ class Examples:
         moved._fetch = lambda index: tree_map(moved._to, fetch(index))
         return moved
 
+    def replaced(self, batch: Batch) -> Examples:
+        """Return examples of the same ids with this content, held in memory."""
+        other = copy.copy(self)
+        other._hold(batch)
+        return other
+
     def positions(self, ids: Sequence[Any] | np.ndarray) -> np.ndarray:
         """Positions of the given ids, or ``KeyError`` naming those that are unknown."""
         known = self.ids.tolist()

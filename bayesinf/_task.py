@@ -251,6 +251,14 @@ class Task:
         other._select(chosen)
         return other
 
+    def of(self, module: nn.Module, *, train: Examples, query: Examples) -> Task:
+        """Return the same task with another network that has the selected parameters."""
+        other = copy.copy(self)
+        other.module = module
+        other.train, other.query = train, query
+        other._select(self._chosen())
+        return other
+
     def at(self, checkpoint: Checkpoint) -> Task:
         """Return the same task at another checkpoint of the same network.
 

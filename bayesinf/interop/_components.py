@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Component", "ComponentKind", "components"]
+__all__ = ["Component", "ComponentKind", "block_paths", "components"]
 
 Component = dict[str, Tensor | None]
 """Parameters by name, whole (None) or in part (a mask); what ``task.restrict`` takes."""
@@ -106,6 +106,11 @@ def components(model: nn.Module, *kinds: ComponentKind) -> dict[str, Component]:
             raise ValueError(f"{type(model).__name__} has no {kind}.{_HINTS.get(kind, '')}")
         found.update(part)
     return found
+
+
+def block_paths(model: nn.Module) -> list[str]:
+    """Where a transformer's blocks are, in their order; errors of :func:`components`."""
+    return _Network(model).blocks
 
 
 _HINTS = {

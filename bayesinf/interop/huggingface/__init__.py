@@ -12,6 +12,7 @@
 from bayesinf.interop._components import components
 from bayesinf.interop.huggingface._loading import from_pretrained
 from bayesinf.interop.huggingface._model import LanguageModel, SequenceClassifier
+from bayesinf.interop.huggingface._prefix import reuse_prefix
 from bayesinf.interop.huggingface._text import add_token_text
 from bayesinf.interop.huggingface._tokenize import TruncationWarning, tokenize
 
@@ -22,5 +23,6 @@ __all__ = [
     "add_token_text",
     "components",
     "from_pretrained",
+    "reuse_prefix",
     "tokenize",
 ]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from bayesinf._head import Head
 from bayesinf.interop.huggingface._masks import additive, attends, within_window
+from bayesinf.interop.huggingface._prefix import starting_from
 
 __all__ = ["LanguageModel", "SequenceClassifier"]
 
@@ -69,6 +70,7 @@ class LanguageModel(nn.Module):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         segment_ids: Tensor | None = None,
+        prefix: Tensor | None = None,
         return_head: bool = False,
     ) -> Tensor | Head:
         """Logits ``(B, T, V)``, those at ``t − 1`` predicting token ``t``.
@@ -84,17 +86,20 @@ class LanguageModel(nn.Module):
         segment_ids
             ``(B, T)``, equal for the tokens of one document of a packed sequence. Tokens read only
             their own document.
+        prefix
+            ``(B, T, width)``: hidden states to go on from, of a task of :func:`reuse_prefix`.
         return_head
             Return what the logits are made of instead.
         """
         given = _arguments(
             self.model, input_ids, attention_mask, position_ids, segment_ids, causal=True
         )
-        if not return_head:
-            return self.model(**given).logits
-        network = _network(self.model)
-        head = network.get_output_embeddings()
-        return Head(_hidden(network, given), head.weight, head.bias)
+        with starting_from(self.model, prefix):
+            if not return_head:
+                return self.model(**given).logits
+            network = _network(self.model)
+            head = network.get_output_embeddings()
+            return Head(_hidden(network, given), head.weight, head.bias)
 
     def _require_linear_head(self) -> None:
         head = _network(self.model).get_output_embeddings()
@@ -146,6 +151,7 @@ class SequenceClassifier(nn.Module):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         token_type_ids: Tensor | None = None,
+        prefix: Tensor | None = None,
     ) -> Tensor:
         """Logits ``(B, classes)``; arguments as of :class:`LanguageModel`."""
         given = _arguments(
@@ -153,13 +159,14 @@ class SequenceClassifier(nn.Module):
         )
         if token_type_ids is not None:
             given["token_type_ids"] = token_type_ids
-        if not self.causal:
-            del given["use_cache"]
-            if position_ids is None:  # some number positions by the padding id
-                del given["position_ids"]
-            return self.model(**given).logits
         network = _network(self.model)
-        logits = network.score(_hidden(network, given))
+        with starting_from(self.model, prefix):
+            if not self.causal:
+                del given["use_cache"]
+                if position_ids is None:  # some number positions by the padding id
+                    del given["position_ids"]
+                return self.model(**given).logits
+            logits = network.score(_hidden(network, given))
         if attention_mask is None:
             return logits[:, -1]
         at = torch.arange(input_ids.shape[1], device=input_ids.device)
