@@ -6,6 +6,12 @@ from bayesinf.evaluation._bank import make_bank, open_bank, save_bank
 from bayesinf.evaluation._ceiling import effective_queries, noise_ceiling
 from bayesinf.evaluation._counterfactual import RemovalWarning, removal_counterfactual
 from bayesinf.evaluation._gaps import response_gaps
+from bayesinf.evaluation._import_banks import (
+    bank_from_bergson,
+    bank_from_dattri,
+    bank_from_kronfluence,
+    bank_from_quanda,
+)
 from bayesinf.evaluation._lds import lds, lds_difference, lds_table
 from bayesinf.evaluation._loo import loo_correlation
 from bayesinf.evaluation._mislabelled import mislabel_detection
@@ -31,6 +37,10 @@ __all__ = [
     "SGDRecipe",
     "agreement",
     "alpha_curve",
+    "bank_from_bergson",
+    "bank_from_dattri",
+    "bank_from_kronfluence",
+    "bank_from_quanda",
     "disjoint_subsets",
     "effective_queries",
     "lds",

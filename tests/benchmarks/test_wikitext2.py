@@ -1,6 +1,5 @@
 """The WikiText-2 task on a small folder of the same format, and banks made elsewhere."""
 
-import pickle
 from pathlib import Path
 
 import numpy as np
@@ -133,29 +132,3 @@ def test_import(tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -
         estimand="similarity",
     )  # fmt: skip
     assert np.isfinite(float(bi.lds(scores, bank)["lds"]))
-
-
-class Trap:
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return (Path.touch, (Path("sprung"),))
-
-
-def test_files_cannot_run_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    torch.save(Trap(), tmp_path / "trap.pt")
-    with pytest.raises(pickle.UnpicklingError):
-        import_bank.load_array(tmp_path / "trap.pt")
-    np.save(tmp_path / "trap.npy", np.array([Trap()], dtype=object), allow_pickle=True)
-    with pytest.raises(ValueError, match="allow_pickle=False"):
-        import_bank.load_array(tmp_path / "trap.npy")
-    assert not (tmp_path / "sprung").exists()
-
-
-def test_what_is_no_bank(tmp_path: Path) -> None:
-    torch.save({"losses": torch.ones(2)}, tmp_path / "dict.pt")
-    with pytest.raises(ValueError, match="one array of numbers; got dict"):
-        import_bank.load_array(tmp_path / "dict.pt")
-    with pytest.raises(ValueError, match=r"got \(4, 6\) and \(5, 2\)"):
-        import_bank.make_bank(np.ones((4, 6)), np.ones((5, 2)))
-    with pytest.raises(ValueError, match="masks must be 0 or 1; got values such as"):
-        import_bank.make_bank(np.full((4, 6), 0.5), np.ones((4, 2)))
