@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 __all__ = ["plot_curves", "plot_mislabels"]
 
 INK, BASELINE, CONTROL = "#1f4e79", "#b5651d", "0.45"
+COLORS = [f"C{k}" for k in range(10) if k != 7]
+"""Of methods: all of the cycle but its grey."""
 
 _AXES = {
     "count": "training examples removed",
@@ -121,7 +123,8 @@ def plot_curves(
     names = [str(name) for name in table["scorer"].values] if scorers is None else list(scorers)
     ax = ax if ax is not None else _new_axes((6.5, 4.0))
     x = table[along].values
-    shift = 0.012 * (np.arange(len(names)) - (len(names) - 1) / 2)
+    shift = 0.012 * (np.arange(len(names)) - (len(names) - 1) / 2)  # intervals beside each other
+    width = x if along == "count" else 0.4 * np.ptp(x)
     controls = [name for name in names if name.startswith("random")]
     methods = [name for name in names if name not in controls]
     for k, name in enumerate(names):
@@ -131,9 +134,10 @@ def plot_curves(
             style |= {"color": CONTROL, "linestyle": ("--", ":")[controls.index(name) % 2]}
         else:
             place = methods.index(name)
-            style |= {"color": f"C{place % 10}", "linestyle": "-" if place < 10 else "-."}
+            style |= {"color": COLORS[place % len(COLORS)]}
+            style |= {"linestyle": "-" if place < len(COLORS) else "-."}
         ax.errorbar(
-            x * (1 + shift[k]), own[variable].values, yerr=_whiskers(own, variable), fmt="o",
+            x + width * shift[k], own[variable].values, yerr=_whiskers(own, variable), fmt="o",
             markersize=3.5, capsize=2, elinewidth=0.9, linewidth=1.2,
             label=(labels or {}).get(name, name), **style,
         )  # fmt: skip
