@@ -5,6 +5,7 @@ from bayesinf.evaluation._alpha import alpha_curve
 from bayesinf.evaluation._bank import make_bank, open_bank, save_bank
 from bayesinf.evaluation._ceiling import effective_queries, noise_ceiling
 from bayesinf.evaluation._counterfactual import RemovalWarning, removal_counterfactual
+from bayesinf.evaluation._distributional import distributional_lds
 from bayesinf.evaluation._gaps import response_gaps
 from bayesinf.evaluation._import_banks import (
     bank_from_bergson,
@@ -42,6 +43,7 @@ __all__ = [
     "bank_from_kronfluence",
     "bank_from_quanda",
     "disjoint_subsets",
+    "distributional_lds",
     "effective_queries",
     "lds",
     "lds_difference",

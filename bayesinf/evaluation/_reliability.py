@@ -30,6 +30,7 @@ from bayesinf.evaluation._statistics import (
 
 __all__ = [
     "SplitHalf",
+    "Statistic",
     "ceiling",
     "halves",
     "pearson_to_spearman",
