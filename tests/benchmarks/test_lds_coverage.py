@@ -74,7 +74,7 @@ def test_half_shared_effects_widen_the_interval() -> None:
 
 @pytest.mark.slow
 def test_program_in_full() -> None:
-    """As it is run, with the same seeds: about 20 minutes."""
+    """As it is run, with the same seeds: about half an hour."""
     assert program.main([]) == 0
 
 

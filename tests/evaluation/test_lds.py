@@ -295,3 +295,50 @@ def test_refusals_of_tables(effects: np.ndarray) -> None:
         lds_table([], bank)
     with pytest.raises(ValueError, match="different queries \\(25 and 2, 2 in common\\)"):
         lds_table({"a": scores, "b": scores.isel(query=[0, 1])}, bank)
+
+
+def test_pearson_is_of_values_and_is_said(effects: np.ndarray) -> None:
+    bank = make_bank(effects, noise=3.0)
+    noisy = make(effects + np.random.default_rng(3).standard_normal(effects.shape))
+    result = lds(noisy, bank, correlation="pearson", queries="fixed")
+    prediction = bank["subset_mask"].values @ noisy["influence"].values.T
+    truth = bank["loss"].mean("seed").values
+    expected = [np.corrcoef(prediction[:, q], truth[:, q])[0, 1] for q in range(Q)]
+    np.testing.assert_allclose(result["lds_query"], expected)
+    assert result.attrs["correlation"] == "pearson"
+    assert result.attrs["random"] == "subsets, seeds"
+    one = lds(noisy.isel(query=[4]), bank, correlation="pearson", queries="fixed")
+    assert float(one["standard_error"]) == pytest.approx(float(result["lds_query_error"][4]))
+    table = lds_table([noisy], bank, correlation="pearson")
+    pearson = float(noise_ceiling(bank, correlation="pearson")["ceiling"])
+    assert float(table["ceiling"]) == pytest.approx(pearson)
+    again = make(effects, "again")
+    difference = lds_difference(noisy, again, bank, correlation="pearson")
+    other = lds(again, bank, correlation="pearson")
+    assert float(difference["difference"]) == pytest.approx(float(result["lds"] - other["lds"]))
+    refuse("correlation must be 'spearman' or 'pearson'", noisy, bank, correlation="kendall")
+
+
+def test_effective_queries_are_all_or_one() -> None:
+    """25 queries of their own count for 25, within half (3 errors of a variance); copies for 1."""
+    effects = np.random.default_rng(8).standard_normal((Q, 4000))
+    own = np.random.default_rng(9).standard_normal((Q, 60, 2))
+    bank = xr.Dataset(
+        {
+            "loss": (("subset", "seed", "query"), own.transpose(1, 2, 0)),
+            "subset_mask": random_subsets(4000, count=60, seed=0),
+        },
+        coords={"query": np.arange(Q) + 100, "seed": [0, 1]},
+    )
+    scores = make_scores(
+        effects, query=bank["query"].values, train=np.arange(4000), method="m", estimand="influence"
+    )
+    assert 15 < float(lds(scores, bank)["effective_queries"]) < 40
+    copies = scores.copy(deep=True)
+    copies["influence"][:] = scores["influence"][:1].values
+    alike = bank.copy(deep=True)
+    alike["loss"][:] = bank["loss"][:, :, :1].values
+    assert float(lds(copies, alike)["effective_queries"]) == pytest.approx(1.0)
+    exact = make_bank(np.random.default_rng(1).standard_normal((Q, N)))
+    perfect = make(np.random.default_rng(1).standard_normal((Q, N)))
+    assert np.isnan(lds(perfect, exact)["effective_queries"])  # neither varies
