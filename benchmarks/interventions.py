@@ -11,7 +11,8 @@ Three parts, each a table in Markdown and a figure, with what the scores cost:
   or the easiest; and, for each method, the examples most helpful to one half of the queries, judged
   on the other half.
 
-Seconds are those of the scores alone; training checkpoints that they need comes on top.
+Seconds are those of the scores alone; training checkpoints that they need comes on top. Tables and
+retrained outcomes are kept under ``OUT/TASK/interventions``: a killed run goes on there.
 """
 
 from __future__ import annotations
@@ -162,6 +163,7 @@ def mislabels(benchmark: BenchmarkTask, options: argparse.Namespace) -> str:
     labels, chosen = flip_labels(y, SHARE, int(y.max()) + 1, seed=0)
     values = difficulty(benchmark, (x, labels), query)
     table = mislabel_detection(values, chosen)
+    _keep(table, options, benchmark, "mislabels")
     axes = plot_mislabels(table, variable="average_precision")
     _save(axes, options.figures / f"mislabels-{benchmark.name}.png")
     rows = [
@@ -209,6 +211,7 @@ def removal(
         benchmark.make_model, benchmark.likelihood, benchmark.recipe, train=train, query=query,
         counts=COUNTS, seeds=SEEDS, store=_store(options, benchmark, "removal", scores),
     )  # fmt: skip
+    _keep(table, options, benchmark, "removal")
     for variable in ("change", "flipped", "brittle"):
         path = options.figures / f"removal-{variable}-{benchmark.name}.png"
         _save(plot_curves(table, variable, along="count"), path)
@@ -265,6 +268,7 @@ def pruning(
             query=test, fractions=FRACTIONS, seeds=SEEDS, keep=keep,  # type: ignore[arg-type]
             store=_store(options, benchmark, title, given),
         )  # fmt: skip
+        _keep(table, options, benchmark, title)
         file = f"pruning-{title.split(' kept')[0].split(' to')[0]}-{benchmark.name}.png"
         axes = plot_curves(table, "accuracy", along="fraction")
         axes.set_title(title)
@@ -292,7 +296,13 @@ def _store(
     """Where retrained networks' outcomes are kept; another choice of methods is another bank."""
     folder: Path = options.out / benchmark.name / "interventions"
     folder.mkdir(parents=True, exist_ok=True)
-    return folder / f"{part.replace(' ', '-')}-{len(given)}.zarr"
+    count = f"-{len(given)}" if given else ""
+    return folder / f"{part.replace(' ', '-')}{count}.zarr"
+
+
+def _keep(table: xr.Dataset, options: argparse.Namespace, benchmark: Any, part: str) -> None:
+    path = _store(options, benchmark, f"table {part}", {})
+    table.to_zarr(path, mode="w", zarr_format=3, consolidated=False)
 
 
 def _ordered(table: xr.Dataset, by: xr.DataArray) -> list[str]:

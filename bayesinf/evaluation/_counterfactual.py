@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 import xarray as xr
 
 from bayesinf._likelihoods import Likelihood
@@ -134,7 +135,7 @@ def removal_counterfactual(
     masks = Masks(len(data))
     plans = {name: _targeted(own, name, wanted, grid, data.positions, masks)
              for name, own in methods.items()}  # fmt: skip
-    classes = _classes(data.batch()[1]), _classes(queries.batch(places.tolist())[1])
+    classes = _classes(data.batch()[1]), _classes(queries.batch(torch.from_numpy(places))[1])
     plans |= _controls(grid, classes, len(places), random, random_seed, masks)
     outcomes = measured(
         masks, make_model, likelihood, recipe, train=train, query=query, seeds=seeds,
@@ -149,7 +150,8 @@ def removal_counterfactual(
     table = xr.Dataset(
         variables,
         coords={
-            "scorer": list(plans), "control": controls, "count": grid, "query": text_labels(wanted),
+            "scorer": text_labels(np.array(list(plans))),
+            "control": text_labels(np.array(controls)), "count": grid, "query": text_labels(wanted),
         },
         attrs={
             "measurement": measurement,

@@ -9,6 +9,7 @@ import numpy as np
 import xarray as xr
 from scipy.stats import norm
 
+from bayesinf._scores import text_labels
 from bayesinf.evaluation._detection import (
     auroc,
     auroc_interval,
@@ -105,7 +106,9 @@ def mislabel_detection(
     if baseline is not None:
         variables |= _differences(area, covariance, names.index(baseline), confidence)
     variables |= _resampled(matrix, wrong, shares, confidence, resamples, seed)
-    table = xr.Dataset(variables, coords={"scorer": names, "inspected": shares})
+    table = xr.Dataset(
+        variables, coords={"scorer": text_labels(np.array(names)), "inspected": shares}
+    )
     table.attrs = {
         "examples": len(ids),
         "mislabelled": int(wrong.sum()),

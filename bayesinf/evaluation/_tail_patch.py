@@ -122,7 +122,7 @@ def tail_patch(
                 ("scorer", "query"), np.stack([own.mean(axis=0) for own in gains.values()])
             ),
         },
-        coords={"scorer": list(gains), "query": text_labels(query)},
+        coords={"scorer": text_labels(np.array(list(gains))), "query": text_labels(query)},
         attrs={
             "top_k": top_k,
             "recipe": json.dumps(recipe.as_dict()),
