@@ -146,7 +146,7 @@ class Examples:
             )
         self._n = lengths.pop()
         self.held = True
-        self._fetch = lambda index: tree_unflatten([leaf[index] for leaf in leaves], spec)
+        self._fetch = lambda index: tree_unflatten([_at(leaf, index) for leaf in leaves], spec)
 
     def _hold_dataset(self, data: Any) -> None:
         self._n = len(data)
@@ -215,3 +215,11 @@ class Examples:
             for leaf in tree_flatten((inputs, target))[0]:
                 digest.update(leaf.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
+
+
+def _at(leaf: Tensor, index: Tensor | slice) -> Tensor:
+    """``leaf[index]``; whole rows at positions of any shape are copied faster than that does."""
+    if isinstance(index, slice) or index.dtype != torch.int64:
+        return leaf[index]
+    rows = leaf.index_select(0, index.flatten().to(leaf.device))
+    return rows.view(*index.shape, *leaf.shape[1:])

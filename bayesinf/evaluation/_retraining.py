@@ -127,7 +127,7 @@ def retrain(
         Ids of the queries; ``0 … Q−1`` by default.
     group_size
         How many networks are trained at once, vectorised; 1 trains one after another. Default:
-        60 for small plain MLPs, else 1. Subsets of unequal size always train one by one.
+        30 for small plain MLPs, else 1. Subsets of unequal size always train one by one.
     workers
         Processes that train at a time on this machine, of one thread each; 1 trains in this one.
         With several, what they need must be importable: no lambda, no notebook's function.

@@ -156,7 +156,15 @@ def bank(make: Callable[[], nn.Module] = make_mlp, **options: object) -> xr.Data
     return retrain(make, bi.Categorical(), RECIPE, **arguments)
 
 
-@pytest.mark.parametrize("make", [make_mlp, make_cnn])
+def make_unbiased() -> nn.Module:
+    return nn.Sequential(nn.Linear(5, 7, bias=False), nn.GELU(), nn.Linear(7, 3)).double()
+
+
+def make_nested() -> nn.Module:
+    return nn.Sequential(make_mlp(), nn.LayerNorm(3)).double()
+
+
+@pytest.mark.parametrize("make", [make_mlp, make_cnn, make_unbiased, make_nested])
 def test_vectorised_equals_looped(make: Callable[[], nn.Module]) -> None:
     looped = bank(make, group_size=1)
     for size in (2, 3, 10):
@@ -209,7 +217,7 @@ def test_dropout_and_batch_norm_are_trained_one_by_one_and_measured_in_eval_mode
 
 
 def test_group_size_by_architecture() -> None:
-    assert choose_group_size(make_mlp()) == 60
+    assert choose_group_size(make_mlp()) == 30
     assert choose_group_size(make_cnn()) == 1
     assert choose_group_size(nn.Linear(784, 256)) == 1
 
