@@ -9,13 +9,11 @@ is there already is left alone.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import shutil
 import time
 from pathlib import Path
 
 import torch
-import xarray as xr
 
 from bayesinf.evaluation import noise_ceiling, open_bank, retrain, save_bank
 from benchmarks.tasks import GROUND_TRUTH, TASKS, BenchmarkTask, get_task
@@ -40,7 +38,7 @@ def make_banks(
     progress
         Show a progress bar.
     workers
-        Processes at a time, each of one thread.
+        Processes at a time, each of one thread; 1 trains in this one.
 
     Returns
     -------
@@ -56,42 +54,23 @@ def make_banks(
         if paths[name].exists():
             continue
         partial = folder / f"{name}.partial"
-        others = [
-            multiprocessing.get_context("spawn").Process(
-                target=_fill, args=(task, name, partial, (k, workers))
-            )
-            for k in range(1, workers)
-        ]
-        for other in others:
-            other.start()
-        bank = _fill(task, name, partial, (0, workers), progress)
-        for other in others:
-            other.join()
+        train, query = task.data()
+        plan = task.banks[name]
+        bank = retrain(
+            task.make_model,
+            task.likelihood,
+            task.recipe,
+            train=train,
+            query=query,
+            subsets=plan.masks(len(train[0])),
+            seeds=plan.seeds,
+            store=partial,
+            workers=workers,
+            progress=progress,
+        )
         save_bank(bank.assign_attrs(task=task.name, bank=name), paths[name])
         shutil.rmtree(partial)
     return paths
-
-
-def _fill(
-    task: BenchmarkTask, name: str, store: Path, worker: tuple[int, int], progress: bool = False
-) -> xr.Dataset:
-    """Train what is missing of a bank."""
-    if worker[1] > 1:
-        torch.set_num_threads(1)
-    train, query = task.data()
-    plan = task.banks[name]
-    return retrain(
-        task.make_model,
-        task.likelihood,
-        task.recipe,
-        train=train,
-        query=query,
-        subsets=plan.masks(len(train[0])),
-        seeds=plan.seeds,
-        store=store,
-        worker=worker,
-        progress=progress,
-    )
 
 
 def main(argv: list[str] | None = None) -> None:
