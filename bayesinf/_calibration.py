@@ -29,7 +29,7 @@ from torch import Tensor
 
 from bayesinf._calibration_report import make_report
 from bayesinf._diagnostics import ConvergenceWarning
-from bayesinf._local_range import find_temperature, look_at
+from bayesinf._local_range import find_temperature, first_temperature, look_at
 from bayesinf._pilot import Pilot, lengths, run_pilot
 from bayesinf._posterior import LocalPosterior, Potential
 from bayesinf._task import Task
@@ -46,7 +46,7 @@ from bayesinf.curvature._lanczos import Spectrum, estimate_spectrum
 from bayesinf.samplers import Preconditioner, Underdamped
 from bayesinf.samplers._preconditioner import pull, push
 
-__all__ = ["Calibration", "calibrate", "potential_spectrum"]
+__all__ = ["Calibration", "calibrate", "choose_kernel", "lowest_curvature", "potential_spectrum"]
 
 _LAPLACE_DRAWS, _SPECTRA, _SPECTRUM_STEPS = 16, 2, 15
 _STABLE = 1.5
@@ -178,19 +178,19 @@ def calibrate(
     product = GaussNewtonProduct(task, batch_size=chunk_size)
     curvature = _curvature(task, curvature)
     top = float(top_eigenpairs(product, 1, tolerance=1e-2, seed=seed).values[0])
-    lowest = _lowest(task, chunk_size, seed)
+    lowest = lowest_curvature(task, chunk_size, seed)
     lam = _damping(top, lowest, condition, damping, weight_decay)
     inverse = deflate(curvature, product, damping=lam, rank=min(rank, task.dimension), which="LA")
     noise = inverse.sample(_LAPLACE_DRAWS, torch.Generator(task.device).manual_seed(seed))
     unit = LocalPosterior(task, n_beta=1.0, gamma=0.0).bind(**how)
     local = (
-        find_temperature(unit, noise, start=_start(task, lam), ratio=virial)
+        find_temperature(unit, noise, start=first_temperature(task, lam), ratio=virial)
         if n_beta is None
         else look_at(unit, noise, n_beta)
     )
     n_beta = local.n_beta
     posterior = LocalPosterior(task, n_beta, n_beta * (lam - weight_decay), weight_decay)
-    ends, sampler = _kernel(posterior, inverse, noise, seed)
+    ends, sampler = choose_kernel(posterior, inverse, noise, seed)
     if control:
         posterior, sampler = _without_loss(posterior)
     pilot = run_pilot(posterior, sampler, float(unit.value(unit.center[None])), chains, seed, how)
@@ -235,7 +235,7 @@ def _curvature(task: Task, curvature: Curvature | None) -> Curvature:
     return fit_curvature(task, fisher="enumerated" if known else "empirical")
 
 
-def _lowest(task: Task, chunk_size: int, seed: int) -> float:
+def lowest_curvature(task: Task, chunk_size: int, seed: int) -> float:
     """Smallest eigenvalue of the Hessian of the mean loss, where it is negative enough to see."""
     generator = torch.Generator(task.device).manual_seed(seed)
     start = torch.randn(1, task.dimension, generator=generator, device=task.device)
@@ -267,14 +267,8 @@ def _damping(
     return lam
 
 
-def _start(task: Task, lam: float) -> float:
-    """``nβ`` at which the noise of unconstrained directions is as long as the weights."""
-    norm = float(task.flatten(task.params).double().square().sum())
-    return task.dimension / (lam * norm) if norm > 0 else float(task.n)
-
-
-def _kernel(
-    posterior: LocalPosterior, inverse: DeflatedInverse, noise: Tensor, seed: int
+def choose_kernel(
+    posterior: LocalPosterior, inverse: Curvature | DeflatedInverse, noise: Tensor, seed: int
 ) -> tuple[list[Spectrum], Underdamped]:
     """Step from the stiffest direction at Laplace draws, friction from the softest."""
     potential = posterior.bind()

@@ -25,8 +25,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from bayesinf._posterior import Potential
+from bayesinf._task import Task
 
-__all__ = ["LocalRange", "find_temperature", "look_at", "virial"]
+__all__ = ["LocalRange", "find_temperature", "first_temperature", "look_at", "virial"]
 
 _BRACKET = 8
 """Factors of 10 that the search goes colder than where it begins."""
@@ -79,6 +80,12 @@ def virial(potential: Potential, displacements: Tensor) -> tuple[float, float]:
     return (2 * rise / work if work > 0 else 0.0), rise
 
 
+def first_temperature(task: Task, damping: float) -> float:
+    """``nβ`` at which the noise of unconstrained directions is as long as the weights."""
+    norm = float(task.flatten(task.params).double().square().sum())
+    return task.dimension / (damping * norm) if norm > 0 else float(task.n)
+
+
 def find_temperature(
     potential: Potential, noise: Tensor, *, start: float, ratio: float, precision: float = 1.1
 ) -> LocalRange:
@@ -98,7 +105,7 @@ def find_temperature(
         Draws ``(K, d)`` from the Laplace approximation at ``nβ = 1``. The same ones, scaled by
         ``nβ^{-1/2}``, serve every temperature, so that the ratio is a smooth function of it.
     start
-        Where the search begins: where noise is as long as the weights.
+        Where the search begins: :func:`first_temperature`.
     ratio
         Wanted virial ratio, in (0, 1).
     precision

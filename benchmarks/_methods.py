@@ -24,7 +24,7 @@ import torch
 import xarray as xr
 
 import bayesinf as bi
-from bayesinf._local_range import find_temperature
+from bayesinf._local_range import find_temperature, first_temperature
 from bayesinf.attribution._representation_similarity import representation_similarity
 from bayesinf.attribution._text_similarity import bm25, tf_idf
 from benchmarks.tasks import BenchmarkTask
@@ -119,7 +119,8 @@ def _laplace(task: bi.Task, benchmark: BenchmarkTask, quick: dict[str, Any]) -> 
     damping = 0.1 * curvature.trace() / task.dimension
     noise = curvature.inverse(damping).sample(4, torch.Generator(task.device).manual_seed(0))
     unit = bi.LocalPosterior(task, n_beta=1.0, gamma=0.0).bind()
-    n_beta = find_temperature(unit, noise, start=float(task.n), ratio=0.75).n_beta
+    first = first_temperature(task, damping)
+    n_beta = find_temperature(unit, noise, start=first, ratio=0.75).n_beta
     posterior = bi.LocalPosterior(task, n_beta=n_beta, gamma=n_beta * damping)
     settings = {"chains": CHAINS, "draws": round(ERROR**-2 / CHAINS), **quick}
     settings |= {"warmup": 0, "thin": 1}
