@@ -1,5 +1,6 @@
 """Which training data made a neural network behave as it does, and how sure one can be."""
 
+from bayesinf import scores
 from bayesinf._accuracy import MonteCarloWarning, Until
 from bayesinf._batching import Batches
 from bayesinf._calibration import Calibration, calibrate
@@ -26,6 +27,7 @@ from bayesinf.attribution._bif import bif
 from bayesinf.attribution._checkpoints import influence_over_checkpoints
 from bayesinf.attribution._conjugate_gradient import conjugate_gradient
 from bayesinf.attribution._deflated_ekfac import deflated_ekfac
+from bayesinf.attribution._difficulty import el2n, example_loss, grand, vog
 from bayesinf.attribution._ekfac import ekfac
 from bayesinf.attribution._gauss_newton import gauss_newton
 from bayesinf.attribution._grad_cos import grad_cos
@@ -38,6 +40,7 @@ from bayesinf.attribution._prefilter import Candidates, prefilter
 from bayesinf.attribution._registry import METHODS
 from bayesinf.attribution._representation_similarity import representation_similarity
 from bayesinf.attribution._scoring import Scoring
+from bayesinf.attribution._self_variance import self_variance
 from bayesinf.attribution._shrunk import shrink
 from bayesinf.attribution._susceptibility import susceptibility
 from bayesinf.attribution._text_similarity import bm25, tf_idf
@@ -55,17 +58,39 @@ from bayesinf.curvature import (
 )
 from bayesinf.evaluation import (
     AdamWRecipe,
+    RemovalWarning,
     SGDRecipe,
+    agreement,
+    alpha_curve,
+    bank_from_bergson,
+    bank_from_dattri,
+    bank_from_kronfluence,
+    bank_from_quanda,
+    disjoint_subsets,
+    distributional_lds,
+    effective_queries,
     lds,
     lds_difference,
+    lds_null,
     lds_table,
+    leave_one_out,
+    listed_subsets,
+    loo_correlation,
+    make_bank,
+    mislabel_detection,
     noise_ceiling,
     open_bank,
     pbrf,
+    pbrf_correlation,
+    pruning_curve,
     random_subsets,
+    removal_counterfactual,
     response_gaps,
     retrain,
+    retrain_with,
     save_bank,
+    seed_stability,
+    tail_patch,
     train_one,
 )
 from bayesinf.samplers import (
@@ -80,6 +105,7 @@ from bayesinf.samplers import (
     RMSpropSGLD,
     Underdamped,
 )
+from bayesinf.scores import SignWarning
 
 __version__ = "0.1.0.dev0"
 
@@ -114,8 +140,10 @@ __all__ = [
     "PrecisionWarning",
     "Preconditioner",
     "RMSpropSGLD",
+    "RemovalWarning",
     "SGDRecipe",
     "Scoring",
+    "SignWarning",
     "SolverDivergenceError",
     "SolverWarning",
     "StoreError",
@@ -125,49 +153,76 @@ __all__ = [
     "Underdamped",
     "Until",
     "VectorizationWarning",
+    "agreement",
+    "alpha_curve",
     "astra",
+    "bank_from_bergson",
+    "bank_from_dattri",
+    "bank_from_kronfluence",
+    "bank_from_quanda",
     "bif",
     "bm25",
     "calibrate",
     "conjugate_gradient",
     "deflated_ekfac",
     "diagnose",
+    "disjoint_subsets",
+    "distributional_lds",
+    "effective_queries",
     "ekfac",
+    "el2n",
+    "example_loss",
     "fit_curvature",
     "gamma_from_damping",
     "gauss_newton",
     "grad_cos",
     "grad_dot",
     "gradient_noise",
+    "grand",
     "group_influence",
     "hessian",
     "influence_over_checkpoints",
     "kfac",
     "lds",
     "lds_difference",
+    "lds_null",
     "lds_table",
+    "leave_one_out",
     "lissa",
+    "listed_subsets",
     "llc",
     "load_curvature",
+    "loo_correlation",
+    "make_bank",
     "make_scores",
+    "mislabel_detection",
     "noise_ceiling",
     "open_bank",
     "open_traces",
     "pbrf",
+    "pbrf_correlation",
     "prefilter",
+    "pruning_curve",
     "random_subsets",
+    "removal_counterfactual",
     "representation_similarity",
     "response_gaps",
     "retrain",
+    "retrain_with",
     "sample",
     "sample_each",
     "save_bank",
     "save_curvature",
+    "scores",
+    "seed_stability",
+    "self_variance",
     "shrink",
     "source_damping",
     "susceptibility",
+    "tail_patch",
     "tf_idf",
     "top_k",
     "train_one",
+    "vog",
     "wbic",
 ]

@@ -122,7 +122,7 @@ def calibrate(
         The virial ratio that counts as local: 1 for a quadratic loss, less where it outgrows one.
     error
         Wanted Monte-Carlo standard error of the correlation of two losses: ``1/error²`` effective
-        draws.
+        draws, at least 20 a chain.
     chains
         Number of chains.
     curvature

@@ -25,7 +25,8 @@ _HALVINGS = 4
 _LOSSES = 100
 GRADIENT_COST = 3.0
 """Of a gradient, in forward passes; only their ratio matters, and only to the thinning."""
-_LEAST_DRAWS, _WARMUP_TIMES = 20, 5
+_LEAST_EFFECTIVE, _WARMUP_TIMES = 20, 5
+"""Effective draws of a chain, fewer of which R-hat would find fault with by chance."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ def lengths(time: float, chains: int, error: float) -> dict[str, Any]:
     chains
         Number of chains.
     error
-        Wanted standard error of a correlation.
+        Wanted standard error of a correlation: ``1/error²`` effective draws, 20 a chain at least.
     """
     rho = (time - 1) / (time + 1)
 
@@ -177,10 +178,10 @@ def lengths(time: float, chains: int, error: float) -> dict[str, Any]:
         range(1, math.ceil(time) + 1),
         key=lambda k: (k * GRADIENT_COST + 1) * draws_per_effective(k),
     )
-    draws = math.ceil(draws_per_effective(thin) / error**2 / chains)
+    effective = max(1 / error**2 / chains, _LEAST_EFFECTIVE)
     return {
         "chains": chains,
-        "draws": max(draws, _LEAST_DRAWS),
+        "draws": math.ceil(draws_per_effective(thin) * effective),
         "warmup": math.ceil(_WARMUP_TIMES * time),
         "thin": thin,
         "batch_size": None,

@@ -183,10 +183,10 @@ def test_lengths_of_a_run() -> None:
     assert lengths(1.0, 4, 0.1) == {
         "chains": 4, "draws": 25, "warmup": 5, "thin": 1, "batch_size": None,
     }  # fmt: skip
-    for error in (0.05, 0.01):
+    for error, effective in ((0.1, 20 * 16), (0.05, 400), (0.01, 10000)):
         found = lengths(9.0, 16, error)
         kept = 0.8 ** found["thin"]
-        assert 16 * found["draws"] * (1 - kept) / (1 + kept) == pytest.approx(error**-2, rel=0.05)
+        assert 16 * found["draws"] * (1 - kept) / (1 + kept) == pytest.approx(effective, rel=0.05)
         assert 1 < found["thin"] < 9
         assert found["warmup"] == 45
 

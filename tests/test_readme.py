@@ -21,9 +21,9 @@ def _blocks(language: str) -> list[str]:
 
 
 def test_the_examples_run_and_their_chains_are_good(tmp_path: Path) -> None:
-    first, errors, second, _ = _blocks("python")
+    first, errors, second, _, judging = _blocks("python")
     assert len([line for line in first.splitlines() if line.strip()]) <= 16
-    code = f"import torch\ntorch.set_num_threads(1)\n{first}\n{errors}\n{second}\n" + (
+    code = f"import torch\ntorch.set_num_threads(1)\n{first}\n{errors}\n{second}\n{judging}\n" + (
         "import numpy as np\n"
         "def correlation(a, b):\n"
         "    return np.corrcoef(a.influence.values.ravel(), b.influence.values.ravel())[0, 1]\n"
@@ -39,6 +39,11 @@ def test_the_examples_run_and_their_chains_are_good(tmp_path: Path) -> None:
         "assert laplace.shape == (5, task.dimension)\n"
         "assert bi.load_curvature('digits.curvature').trace() == curvature.trace()\n"
         "assert top.influence.shape == (50, 2, 3)\n"
+        "assert (table.lower < table.lds).all() and float(table.lds.sel(scorer='BIF')) > 0.1\n"
+        "assert float(table.lds[0] - table.lds[1]) - float(paired.difference) < 1e-12\n"
+        "assert float(chance.p_value.max()) < 0.05\n"
+        "assert correlation(theirs, scores) > 0.999999\n"
+        "assert both.sizes['scorer'] == 2\n"
     )
     command = [sys.executable, "-W", "error", "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
@@ -74,7 +79,7 @@ import bayesinf as bi
 
 
 def test_the_language_model_example_runs_on_a_checkpoint_on_disk(tmp_path: Path) -> None:
-    *_, example = _blocks("python")
+    *_, example, _ = _blocks("python")
     code = (
         TEXTS
         + CHECKPOINT
