@@ -8,12 +8,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xarray as xr
 
+from bayesinf.plots._axes import new_axes
+from bayesinf.plots._estimates import half_widths
+from bayesinf.plots._frontier import CEILING, plot_frontier
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = ["plot_lds", "plot_lds_time"]
 
-INK, CEILING = "#1f4e79", "#b5651d"
+INK = "#1f4e79"
 
 
 def plot_lds(
@@ -56,8 +60,8 @@ def plot_lds(
         places = np.argsort(np.argsort(table["lds"].values, kind="stable"), kind="stable")
     else:
         places = np.arange(len(names))[::-1]
-    ax = ax if ax is not None else _new_axes((6.0, 1.2 + 0.4 * len(names)))
-    ax.errorbar(table["lds"].values, places, xerr=_whiskers(table), **_points())
+    ax = ax if ax is not None else new_axes((6.0, 1.2 + 0.4 * len(names)))
+    ax.errorbar(table["lds"].values, places, xerr=half_widths(table, "lds"), **_points())
     ax.set_yticks(places, [(labels or {}).get(name, name) for name in names])
     ax.set_ylim(-0.6, len(names) - 0.4)
     ax.axvline(0.0, color="0.7", linewidth=0.8, zorder=0)
@@ -74,7 +78,7 @@ def plot_lds_time(
     ax: Axes | None = None,
     labels: Mapping[str, str] | None = None,
 ) -> Axes:
-    """Draw LDS with its interval against seconds, on a logarithmic axis.
+    """Draw LDS with its interval against seconds: :func:`plot_frontier` of an LDS table.
 
     Parameters
     ----------
@@ -99,26 +103,7 @@ def plot_lds_time(
         If matplotlib is not installed.
     """
     _require(table, ("lds", "lower", "upper", "seconds"))
-    table = table.isel(scorer=np.isfinite(table["seconds"].values))
-    if not table.sizes["scorer"]:
-        raise ValueError(
-            "no method of the table has its seconds; attrs['seconds'] of the scores sets them."
-        )
-    ax = ax if ax is not None else _new_axes((7.0, 4.0))
-    seconds, score, whiskers = table["seconds"].values, table["lds"].values, _whiskers(table)
-    for k, name in enumerate(table["scorer"].values):
-        text = (labels or {}).get(str(name), str(name))
-        style = {**_points(), "color": f"C{k}", "label": text}
-        own = slice(k, k + 1)
-        ax.errorbar(seconds[own], score[own], yerr=whiskers[:, own], **style)
-    if "ceiling" in table:
-        ax.axhline(float(table["ceiling"]), color=CEILING, linestyle="--", label="noise ceiling")
-    ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1.0))
-    ax.set_xscale("log")
-    ax.margins(x=0.2)
-    ax.set_xlabel("seconds")
-    ax.set_ylabel(_axis_label(table))
-    return ax
+    return plot_frontier(table, "lds", ax=ax, labels=labels)
 
 
 def _require(table: xr.Dataset, names: tuple[str, ...]) -> None:
@@ -128,23 +113,6 @@ def _require(table: xr.Dataset, names: tuple[str, ...]) -> None:
             f"an LDS table has the dim 'scorer' and the variables {list(names)}; this one has dims "
             f"{[str(d) for d in table.dims]} and lacks {missing}. Make it with lds_table(...)."
         )
-
-
-def _new_axes(size: tuple[float, float]) -> Axes:
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError as error:
-        raise ImportError(
-            "figures need matplotlib, which is not installed: pip install 'bayesinf[plots]'"
-        ) from error
-    _, ax = plt.subplots(figsize=size, layout="constrained")
-    return ax
-
-
-def _whiskers(table: xr.Dataset) -> np.ndarray:
-    """Distances ``(2, scorers)`` from the LDS down to ``lower`` and up to ``upper``."""
-    low = table["lds"] - table["lower"]
-    return np.stack([low.values, (table["upper"] - table["lds"]).values])
 
 
 def _points() -> dict[str, Any]:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import html
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import xarray as xr
 
+from bayesinf.plots._page import framed, make_page, save_page
 from bayesinf.plots._token_pack import PAGE_BYTES, embedded_json, pack
 from bayesinf.plots._token_scores import Sums, read_token_scores
 from bayesinf.plots._token_texts import Texts
@@ -35,16 +32,11 @@ class TokenPage:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the page to a file and return its path."""
-        target = Path(path)
-        target.write_text(self.html, encoding="utf-8", newline="\n")
-        return target
+        return save_page(self.html, path)
 
     def _repr_html_(self) -> str:
         """Show the page inside a frame, which keeps its style and script from the notebook's."""
-        return (
-            f'<iframe title="token influence" sandbox="allow-scripts" width="100%" height="640" '
-            f'style="border:0" srcdoc="{html.escape(self.html)}"></iframe>'
-        )
+        return framed(self.html, "token influence")
 
 
 def token_influence(
@@ -122,32 +114,7 @@ def token_influence(
     data = embedded_json(
         pack(
             read_token_scores(scores, query, sums, texts, n_sequences),
-            PAGE_BYTES - len(_page("").encode()),
+            PAGE_BYTES - len(make_page("token_page", data="").encode()),
         )
     )
-    return TokenPage(_page(data))
-
-
-def _page(data: str) -> str:
-    """Put style, script and data into the page; only these two may run, by their hashes."""
-    folder = files("bayesinf.plots")
-    page, style, script = (
-        folder.joinpath(f"_token_page.{kind}").read_text(encoding="utf-8")
-        for kind in ("html", "css", "js")
-    )
-    parts = {
-        "{style hash}": _hash(style),
-        "{script hash}": _hash(script),
-        "{style}": style,
-        "{script}": script,
-        "{data}": data,
-    }
-    for mark, text in parts.items():  # data last: nothing is looked for inside it
-        before, after = page.split(mark)
-        page = before + text + after
-    return page
-
-
-def _hash(text: str) -> str:
-    digest = hashlib.sha256(text.encode("utf-8")).digest()
-    return f"'sha256-{base64.b64encode(digest).decode('ascii')}'"
+    return TokenPage(make_page("token_page", data=data))

@@ -4,13 +4,12 @@ Skipped where playwright or a Chromium is not installed; the browser is found on
 """
 
 import re
-import shutil
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
 
 from bayesinf.plots import token_influence
+from tests.browser import CHROMIUM, launched, opened
 from tests.token_page_cases import (
     QUERY,
     QUERY_PIECES,
@@ -23,11 +22,8 @@ from tests.token_page_cases import (
     own,
 )
 
-sync_api = pytest.importorskip(
+pytest.importorskip(
     "playwright.sync_api", reason="the browser test needs playwright: pip install playwright"
-)
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None, reason="the browser test needs chromium on the PATH: apt install chromium"
@@ -40,10 +36,8 @@ FIRST, THIRD = ROW.format(0), ROW.format(2)
 
 @pytest.fixture(scope="module")
 def browser():
-    with sync_api.sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with launched() as found:
         yield found
-        found.close()
 
 
 @pytest.fixture(scope="module")
@@ -55,24 +49,6 @@ def file(tmp_path_factory):
         sums={"BIF": make_sums(BIF)},
     )
     return page.save(tmp_path_factory.mktemp("page") / "page.html")
-
-
-@contextmanager
-def opened(browser, file, **options):
-    """The page, opened off line; whatever it asks for or complains of fails the test."""
-    context = browser.new_context(offline=True, reduced_motion="reduce", **options)
-    tab = context.new_page()
-    asked, said = [], []
-    tab.on("request", lambda r: asked.append(r.url))
-    tab.on("console", lambda message: said.append(message.text))
-    tab.on("pageerror", lambda error: said.append(str(error)))
-    tab.on("dialog", lambda dialog: (said.append("dialog"), dialog.dismiss()))
-    tab.goto(file.as_uri())
-    tab.wait_for_selector("html[data-ready]")
-    yield tab
-    context.close()
-    assert asked == [file.as_uri()]
-    assert said == []
 
 
 @pytest.fixture
