@@ -1,8 +1,9 @@
 """LDS of attribution methods on a benchmark task: ``python -m benchmarks.lds TASK``.
 
 Trains the task's checkpoint, scores it with each method, judges the scores against the retrained
-models that ship with the repository, prints one table, and saves scores, table and figure under
-``results/TASK``. A method that cannot run on the task is named with its reason.
+models that ship with the repository, prints one table, and saves scores, table, figure and
+report (``report.html``, and the same as data in ``report.zarr``) under ``results/TASK``. A method
+that cannot run on the task is named with its reason.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import torch
 import xarray as xr
 
 import bayesinf as bi
-from bayesinf.plots import plot_lds_time
+from bayesinf.evaluation._tables import COSTS
+from bayesinf.plots import plot_lds_time, report
 from benchmarks._measure import Cost, measured
 from benchmarks._methods import METHODS, BenchmarkMethod
 from benchmarks.retrain import make_banks
@@ -125,20 +127,27 @@ def _short(number: float) -> str:
     return f"{number:.2g}" if number < 100 else f"{number:.0f}"
 
 
-def _differences(scores: dict[str, xr.Dataset], bank: xr.Dataset) -> str:
-    """Paired differences of every method with the first."""
+def _differences(scores: dict[str, xr.Dataset], bank: xr.Dataset) -> xr.Dataset:
+    """Paired differences of the first method with every other, by ``scorer``."""
     first, *others = scores
+    if not others:
+        return xr.Dataset()
+    rows = [bi.lds_difference(scores[first], scores[other], bank) for other in others]
+    pairs = [f"{first} − {other}" for other in others]
+    return xr.concat(rows, "scorer", combine_attrs="drop_conflicts").assign_coords(scorer=pairs)
+
+
+def _difference_lines(differences: xr.Dataset) -> str:
     lines = []
-    for other in others:
-        d = bi.lds_difference(scores[first], scores[other], bank)
+    for pair in differences.get("scorer", ()):
+        d = differences.sel(scorer=pair)
         low, high = float(d["lower"]), float(d["upper"])
-        lines.append(
-            f"  {first} − {other}: {float(d['difference']):+.3f} [{low:+.3f}, {high:+.3f}]"
-        )
+        lines.append(f"  {pair.item()}: {float(d['difference']):+.3f} [{low:+.3f}, {high:+.3f}]")
     return "\n".join(lines)
 
 
 def _save(folder: Path, table: xr.Dataset, scores: dict[str, xr.Dataset], text: str) -> None:
+    """Write scores, table and figure."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "table.md").write_text(text + "\n")
     for name, dataset in scores.items():
@@ -148,6 +157,39 @@ def _save(folder: Path, table: xr.Dataset, scores: dict[str, xr.Dataset], text: 
     axes = plot_lds_time(table)
     axes.set_title(f"{table.attrs['task']}: LDS against time")
     axes.figure.get_figure(root=True).savefig(folder / "lds.png", dpi=150)
+
+
+def _report(
+    folder: Path,
+    table: xr.Dataset,
+    differences: xr.Dataset,
+    bank: xr.Dataset,
+    scores: dict[str, xr.Dataset],
+    settings: dict[str, Any],
+) -> None:
+    """Write the report beside what :func:`_save` has written."""
+    tables = {"LDS": table}
+    if differences:
+        tables["Paired differences of LDS"] = differences
+    if bank.sizes["seed"] > 1:
+        tables["Noise ceiling"] = bi.noise_ceiling(bank)
+    made = report(
+        tables,
+        title=f"LDS on {table.attrs['task']}",
+        figures={"LDS against time": folder / "lds.png"},
+        configuration=settings | {name: _settings(own) for name, own in scores.items()},
+    )
+    made.save(folder / "report.html")
+    made.dataset.to_zarr(folder / "report.zarr", mode="w", zarr_format=3, consolidated=False)
+
+
+def _settings(scores: xr.Dataset) -> dict[str, Any]:
+    """Attributes of scores without costs and versions, which the report shows elsewhere."""
+    return {
+        key: value
+        for key, value in scores.attrs.items()
+        if key not in COSTS and not key.endswith("_version")
+    }
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -183,18 +225,25 @@ def main(argv: list[str] | None = None) -> None:
     scores, costs, refused = run(benchmark, chosen, bank)
     table = bi.lds_table(scores, bank)
     table["seconds"] = ("scorer", [costs[name].wall for name in scores])
+    table["peak_memory"] = ("scorer", [2.0**20 * costs[name].memory for name in scores])
+    differences = _differences(scores, bank)
     text = format_table(table, scores, costs)
     ceiling = f"{float(table['ceiling']):.3f}" if "ceiling" in table else "unknown"
     print(
         f"\n{args.task}: {bank.sizes['subset']} halves × {bank.sizes['seed']} seeds, "
         f"{bank.sizes['query']} queries, noise ceiling {ceiling}, "
         f"{args.threads} thread(s)\n\n{text}\n\npaired differences (95 % intervals):\n"
-        f"{_differences(scores, bank)}"
+        f"{_difference_lines(differences)}"
     )
     for name, why in refused.items():
         print(f"not run: {name}: {why}")
-    _save(args.out / args.task, table, scores, text)
-    print(f"\nscores, table and figure are in {args.out / args.task}")
+    folder = args.out / args.task
+    _save(folder, table, scores, text)
+    settings = {"task": args.task, "ground truth": bank.attrs, "threads": args.threads} | (
+        {"not run": refused} if refused else {}
+    )
+    _report(folder, table, differences, bank, scores, settings)
+    print(f"\nscores, table, figure and report.html are in {folder}")
 
 
 if __name__ == "__main__":

@@ -71,6 +71,17 @@ def test_program_prints_and_saves(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "EK-FAC" in (folder / "table.md").read_text()
     saved = xr.open_zarr(folder / "scores-ek-fac.zarr", consolidated=False)
     assert saved["influence"].shape == (100, 342)
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert page.count('src="data:image/png;base64,') == 1
+    report = xr.open_datatree(folder / "report.zarr", engine="zarr", consolidated=False)
+    assert list(report.children) == ["LDS", "Paired differences of LDS", "Noise ceiling"]
+    bank = get_task("diabetes-mlp").bank()
+    np.testing.assert_array_equal(
+        report["LDS"]["lds"].sel(scorer="EK-FAC"), lds(saved.load(), bank)["lds"]
+    )
+    difference = report["Paired differences of LDS"].sel(scorer="EK-FAC − GradDot")
+    between = float(report["LDS"]["lds"][0] - report["LDS"]["lds"][1])
+    assert float(difference["difference"]) == pytest.approx(between)
 
 
 def test_a_method_that_cannot_run_is_named_with_its_reason() -> None:
