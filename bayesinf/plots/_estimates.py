@@ -31,6 +31,9 @@ _TITLES = {
     **COST_TITLES,
 }
 
+_MAIN = ("lds", "difference", "effective_queries", "correlation", "ceiling")
+"""What plain ``lower`` and ``upper`` belong to, the first that a table has of their dimensions."""
+
 
 def title_of(name: str) -> str:
     """A variable or dimension in words."""
@@ -40,16 +43,29 @@ def title_of(name: str) -> str:
 def estimates(table: xr.Dataset) -> dict[str, tuple[str, str]]:
     """Variables with an interval, and the variables that hold its ends.
 
-    The ends of ``name`` are ``name_lower`` and ``name_upper``; plain ``lower`` and ``upper`` are
-    those of the table's first variable of their dimensions.
+    The ends of ``name`` are ``name_lower`` and ``name_upper``. Plain ``lower`` and ``upper`` are
+    those of what the table is about, one of ``_MAIN`` (the order of variables says nothing: a table
+    that was stored and read has another), or else of the only variable that lies between them.
     """
     names = [str(name) for name in table.data_vars]
     ends = {name: (f"{name}_lower", f"{name}_upper") for name in names}
     found = {name: pair for name, pair in ends.items() if set(pair) <= set(names)}
     if {"lower", "upper"} <= set(names):
-        own = [name for name in names if table[name].dims == table["lower"].dims]
-        found = {own[0]: ("lower", "upper")} | found
+        dims = table["lower"].dims
+        own = [
+            name for name in names if table[name].dims == dims and name not in ("lower", "upper")
+        ]
+        main = [name for name in _MAIN if name in own] or _between(table, own)
+        if main:
+            found = {main[0]: ("lower", "upper")} | found
     return found
+
+
+def _between(table: xr.Dataset, names: list[str]) -> list[str]:
+    """The only variable that lies between ``lower`` and ``upper`` throughout, if there is one."""
+    low, high = table["lower"], table["upper"]
+    inside = [name for name in names if bool(((low <= table[name]) & (table[name] <= high)).all())]
+    return inside if len(inside) == 1 else []
 
 
 def half_widths(table: xr.Dataset, name: str) -> np.ndarray:

@@ -125,7 +125,7 @@ def _grids(
     table: xr.Dataset, groups: dict[frozenset[Any], list[str]], ends: dict[str, tuple[str, str]]
 ) -> list[Grid]:
     single = frozenset({"scorer"})
-    costs = [key for key in groups.get(single, []) if key in COST_TITLES]
+    costs = [key for key in COST_TITLES if key in groups.get(single, [])]
     beside = [  # grids of pairs say nothing of one method: without others, costs stand alone
         dims
         for dims, names in groups.items()
@@ -133,7 +133,7 @@ def _grids(
     ]
     grids = []
     for dims, names in groups.items():
-        own = [name for name in names if name in ends]
+        own = [name for name in ends if name in names]
         if dims in (beside or [single]):
             own += costs
         own += [name for name in names if name not in [*ends, *costs]]

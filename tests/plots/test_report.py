@@ -115,6 +115,28 @@ def test_judges_and_the_estimates_of_their_tables(bank: xr.Dataset, table: xr.Da
     assert "seconds" not in [column.title for column in pairs.columns]
 
 
+def test_the_order_of_variables_does_not_matter(bank: xr.Dataset, table: xr.Dataset) -> None:
+    """A table that was stored and read has its variables in another order."""
+    pair = {"a": scores("a", 1), "b": scores("b", 2)}
+    agree = bi.agreement(pair, top_k=3, permutations=20)
+    tables = [table, agree, bi.lds_difference(pair["a"], pair["b"], bank)]
+    tables += [bi.lds(pair["a"], bank), bi.noise_ceiling(bank), bi.effective_queries(bank)]
+    for one in tables:
+        turned = one[list(one.data_vars)[::-1]]
+        assert next(iter(estimates(one))) == next(iter(one.data_vars))
+        assert estimates(turned) == estimates(one)
+
+
+def test_plain_ends_of_an_unknown_variable_are_those_of_the_one_between_them() -> None:
+    own = simple().rename(lds="own")
+    assert estimates(own) == {"own": ("lower", "upper")}
+    assert estimates(own.assign(twin=own["own"])) == {}
+    assert estimates(own.assign(twin=own["own"] + 1)) == {"own": ("lower", "upper")}
+    assert titles(read_table(own.assign(twin=own["own"]), "x"))[1:] == [
+        "own", "lower", "upper", "twin",
+    ]  # fmt: skip
+
+
 def test_rows_of_several_dimensions_keep_their_values() -> None:
     values = np.arange(6.0).reshape(3, 2)
     dims = "count", "scorer"
