@@ -100,7 +100,7 @@ def measure(size: Size, draws: int) -> dict[str, float]:
         warnings.simplefilter("ignore")  # whether these chains mix is not the question
         sample(
             posterior, SGLD(1e-5), draws=draws, warmup=0, chains=size.chains,
-            batch_size=min(64, size.sequences), tokens="train", store=sums, vectorize=False,
+            batch_size=min(64, size.sequences // 2), tokens="train", store=sums, vectorize=False,
             chunk_size=32, progress=False,
         )  # fmt: skip
         scores = bif(sums, tokens="train", store=Path(folder) / "scores")

@@ -75,7 +75,8 @@ def agreement(
     scores
         Scores by name or a list of them, of the same training examples and queries.
     top_k
-        ``k``, how many of the most helpful examples of each query are compared.
+        ``k``, how many of the most helpful examples of each query are compared: those of the most
+        negative influence, which are the harmful ones where φ is a margin.
     permutations, seed
         Drawn for the law of the overlap by chance, and from which seed.
     confidence
@@ -144,7 +145,8 @@ def seed_stability(runs: Runs, *, top_k: int = 10, confidence: float = 0.95) -> 
         Scores of one method from several seeds, or such lists by name, of the same training
         examples and queries.
     top_k
-        ``k``, how many of the most helpful examples of each query are compared.
+        ``k``, how many of the most helpful examples of each query are compared: those of the most
+        negative influence, which are the harmful ones where φ is a margin.
     confidence
         Of the intervals. Random in them are the queries and, from 4 runs on, the runs (a jackknife
         over runs); with fewer they are for these runs.

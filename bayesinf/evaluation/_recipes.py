@@ -109,7 +109,7 @@ class SGDRecipe:
         @torch.no_grad()
         def step(grads: Sequence[Tensor], rate: float) -> None:
             for w, g, v in zip(params, grads, velocity, strict=True):
-                v.mul_(self.momentum).add_(g)
+                torch.add(g, v, alpha=self.momentum, out=v)
                 if self.weight_decay:
                     v.add_(w, alpha=self.weight_decay)
                 w.add_(v, alpha=-rate)
