@@ -13,6 +13,7 @@ Three parts, each a table in Markdown and a figure, with what the scores cost:
 
 Seconds are those of the scores alone; training checkpoints that they need comes on top. Tables and
 retrained outcomes are kept under ``OUT/TASK/interventions``: a killed run goes on there.
+``OUT/TASK/interventions.html`` is a page of all tables and figures.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from bayesinf.evaluation import (
     removal_counterfactual,
     train_one,
 )
-from bayesinf.plots import plot_curves, plot_mislabels
+from bayesinf.plots import plot_curves, plot_mislabels, report
 from benchmarks._methods import ERROR, METHODS
 from benchmarks.lds import run
 from benchmarks.tasks import TASKS, BenchmarkTask, get_task
@@ -165,7 +166,7 @@ def mislabels(benchmark: BenchmarkTask, options: argparse.Namespace) -> str:
     table = mislabel_detection(values, chosen)
     _keep(table, options, benchmark, "mislabels")
     axes = plot_mislabels(table, variable="average_precision")
-    _save(axes, options.figures / f"mislabels-{benchmark.name}.png")
+    _save(axes, options.figures / f"mislabels-{benchmark.name}.png", options)
     rows = [
         (
             name,
@@ -214,7 +215,7 @@ def removal(
     _keep(table, options, benchmark, "removal")
     for variable in ("change", "flipped", "brittle"):
         path = options.figures / f"removal-{variable}-{benchmark.name}.png"
-        _save(plot_curves(table, variable, along="count"), path)
+        _save(plot_curves(table, variable, along="count"), path, options)
     control = str(table["control"].values[-1])
     parts = [_summary(table, benchmark)]
     for variable, signed, what in (
@@ -272,7 +273,7 @@ def pruning(
         file = f"pruning-{title.split(' kept')[0].split(' to')[0]}-{benchmark.name}.png"
         axes = plot_curves(table, "accuracy", along="fraction")
         axes.set_title(title)
-        _save(axes, options.figures / file.replace(" ", "-"))
+        _save(axes, options.figures / file.replace(" ", "-"), options)
         rows = [
             (
                 name,
@@ -303,6 +304,7 @@ def _store(
 def _keep(table: xr.Dataset, options: argparse.Namespace, benchmark: Any, part: str) -> None:
     path = _store(options, benchmark, f"table {part}", {})
     table.to_zarr(path, mode="w", zarr_format=3, consolidated=False)
+    options.tables[part] = table
 
 
 def _ordered(table: xr.Dataset, by: xr.DataArray) -> list[str]:
@@ -326,13 +328,14 @@ def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _save(axes: Any, path: Path) -> None:
+def _save(axes: Any, path: Path, options: argparse.Namespace) -> None:
     import matplotlib.pyplot as plt
 
     path.parent.mkdir(parents=True, exist_ok=True)
     figure = axes.figure.get_figure(root=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+    options.pictures[path.stem.replace("-", " ")] = path
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -360,6 +363,8 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     options.figures = options.figures or options.out / options.task
+    asked = {key: str(value) for key, value in vars(options).items()}
+    options.tables, options.pictures = {}, {}
     benchmark = get_task(options.task)
     began, scores = time.perf_counter(), {}
     with warnings.catch_warnings():
@@ -373,7 +378,13 @@ def main(argv: list[str] | None = None) -> None:
                 "pruning": lambda: pruning(benchmark, options, scores),
             }[part]()
             print(f"\n## {part}\n\n{text}", flush=True)
-    print(f"\n{time.perf_counter() - began:.0f} s in all, {options.threads} thread(s)")
+    page = report(
+        options.tables,
+        title=f"Interventions on {options.task}",
+        figures=options.pictures,
+        configuration=asked,
+    ).save(options.out / options.task / "interventions.html")
+    print(f"\n{time.perf_counter() - began:.0f} s in all, {options.threads} thread(s); see {page}")
 
 
 if __name__ == "__main__":

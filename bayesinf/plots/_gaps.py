@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xarray as xr
 
+from bayesinf.plots._axes import new_axes
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -60,7 +62,7 @@ def plot_response_gaps(
             f"{[str(d) for d in gaps.dims]} and lacks {missing}. Make them with response_gaps(...)."
         )
     names = [str(name) for name in gaps["gap"].values]
-    ax = ax if ax is not None else _new_axes((6.5, 1.2 + 0.4 * len(names)))
+    ax = ax if ax is not None else new_axes((6.5, 1.2 + 0.4 * len(names)))
     places = np.arange(len(names))[::-1]
     rms, noise = gaps["rms"].values, gaps["noise"].values
     drawn, noisy = rms > 0, noise > 0
@@ -84,15 +86,4 @@ def plot_response_gaps(
     if drawn.any():
         ax.set_xscale("log")
     ax.set_xlabel(f"root-mean-square difference of the {gaps.attrs.get('measurement', 'change')}")
-    return ax
-
-
-def _new_axes(size: tuple[float, float]) -> Axes:
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError as error:
-        raise ImportError(
-            "figures need matplotlib, which is not installed: pip install 'bayesinf[plots]'"
-        ) from error
-    _, ax = plt.subplots(figsize=size, layout="constrained")
     return ax

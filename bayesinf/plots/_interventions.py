@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xarray as xr
 
+from bayesinf.plots._axes import new_axes
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -60,7 +62,7 @@ def plot_mislabels(
     names = [str(name) for name in table["scorer"].values]
     values = table[variable].values
     places = np.argsort(np.argsort(values, kind="stable"), kind="stable")
-    ax = ax if ax is not None else _new_axes((6.0, 1.2 + 0.4 * len(names)))
+    ax = ax if ax is not None else new_axes((6.0, 1.2 + 0.4 * len(names)))
     ax.errorbar(
         values, places, xerr=_whiskers(table, variable), fmt="o", color=INK, markersize=5,
         capsize=3, elinewidth=1.2,
@@ -121,7 +123,7 @@ def plot_curves(
     """
     _require(table, variable, along, "removal_counterfactual(...) or pruning_curve(...)")
     names = [str(name) for name in table["scorer"].values] if scorers is None else list(scorers)
-    ax = ax if ax is not None else _new_axes((6.5, 4.0))
+    ax = ax if ax is not None else new_axes((6.5, 4.0))
     x = table[along].values
     shift = 0.012 * (np.arange(len(names)) - (len(names) - 1) / 2)  # intervals beside each other
     width = x if along == "count" else 0.4 * np.ptp(x)
@@ -159,17 +161,6 @@ def _require(table: xr.Dataset, variable: str, dim: str, maker: str) -> None:
             f"the table needs the dims 'scorer' and {dim!r} and the variables {needed}; it has "
             f"dims {[str(d) for d in table.dims]} and lacks {missing}. Make it with {maker}."
         )
-
-
-def _new_axes(size: tuple[float, float]) -> Axes:
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError as error:
-        raise ImportError(
-            "figures need matplotlib, which is not installed: pip install 'bayesinf[plots]'"
-        ) from error
-    _, ax = plt.subplots(figsize=size, layout="constrained")
-    return ax
 
 
 def _whiskers(table: xr.Dataset, variable: str) -> np.ndarray:

@@ -94,3 +94,6 @@ def test_program_prints_three_tables_and_draws(
         "pruning-most-helpful-small.png", "removal-brittle-small.png",
         "removal-change-small.png", "removal-flipped-small.png",
     ]  # fmt: skip
+    page = (tmp_path / "small" / "interventions.html").read_text()
+    assert page.count('<table class="sortable"') >= 3
+    assert page.count("data:image/png") == len(figures)
