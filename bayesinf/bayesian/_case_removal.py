@@ -1,0 +1,202 @@
+"""What leaving observations out does to posterior means: importance weights or derivatives."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from bayesinf._covariance import cross_covariance
+from bayesinf._scores import text_labels, versions
+from bayesinf.bayesian._case_influence import checked_pair
+from bayesinf.bayesian._convergence import chosen_center, rhat_and_ess
+from bayesinf.bayesian._cumulants import reweighted_shift, third_cumulant
+from bayesinf.bayesian._draws import Quantities, read_log_likelihood, read_quantities
+
+__all__ = ["ParetoWarning", "case_removal", "pareto_threshold", "smoothed_weights"]
+
+
+class ParetoWarning(UserWarning):
+    """Importance weights of some removals have too heavy a tail to be believed."""
+
+
+def case_removal(
+    data: Any,
+    groups: Mapping[Any, Sequence[Any]] | None = None,
+    var_names: str | Sequence[str] | None = None,
+    *,
+    group: str = "posterior",
+    quantities: Quantities | None = None,
+    sample_dims: str | Sequence[str] | None = None,
+    log_likelihood_var_name: str | None = None,
+) -> xr.Dataset:
+    r"""Change of posterior means when observations, or groups of them, are left out.
+
+    With ``ℓ = Σ_{i∈S} log p_i`` of the set left out,
+
+    .. math:: \text{first} = -\mathrm{Cov}(\phi, \ell), \qquad
+              \text{second} = -\mathrm{Cov}(\phi, \ell) + \tfrac12 \kappa_3(\phi, \ell, \ell),
+              \qquad \text{psis} = \textstyle\sum_t w_t \phi_t - \bar\phi,\;
+              w_t \propto 1/p_S(\theta_t)
+
+    the weights Pareto-smoothed. ``change`` is **psis where** :math:`\hat k <
+    \min(1 - 1/\log_{10} S, 0.7)` of ``S`` draws, **else first**, as weights with a tail that heavy
+    are ruled by a few draws. Their differences say how far to believe: where first and second order
+    disagree, the removal is no small change.
+
+    Parameters
+    ----------
+    data
+        As of :func:`case_influence`.
+    groups
+        ``{name: labels of observations}``; each observation on its own by default.
+    var_names, group, quantities, sample_dims, log_likelihood_var_name
+        As of :func:`case_influence`.
+
+    Returns
+    -------
+    xr.Dataset
+        Dims ``query`` and ``removed``: ``change`` and ``change_mcse``; ``first_order``,
+        ``second_order``, ``psis``, each with ``…_mcse``. Per removal ``pareto_k`` and ``uses``
+        (``"psis"`` or ``"first_order"``). ``attrs["pareto_threshold"]``.
+
+    Raises
+    ------
+    KeyError
+        If a group or variable is missing, or an observation is unknown.
+    TypeError
+        If ArviZ does not read the data.
+    ValueError
+        If shapes do not fit, a value is not finite, a group is empty or has a label twice.
+
+    Warns
+    -----
+    ParetoWarning
+        Naming the removals for which ``change`` is of first order.
+    ConvergenceWarning
+        As of :func:`case_influence`.
+
+    Notes
+    -----
+    PSIS: Vehtari et al. 2024, by ArviZ's ``psislw``. In a Gaussian linear model with known noise
+    k of one observation is its leverage.
+    """
+    began = time.perf_counter()
+    phi, cases = checked_pair(
+        read_quantities(data, var_names, group, quantities, sample_dims),
+        read_log_likelihood(data, log_likelihood_var_name, sample_dims),
+    )
+    names, removed = _removed(cases.values, cases.labels, groups)
+    rhat, ess = {}, {}
+    for name, values in (("quantities", phi.values), ("removed log-likelihoods", removed)):
+        rhat[name], ess[name] = rhat_and_ess(values)
+    chosen_center("grand", len(removed), rhat, ess, level=2)
+    first = cross_covariance(phi.values, removed)
+    second, second_error = third_cumulant(phi.values, removed)
+    total = removed.shape[0] * removed.shape[1]
+    fraction = float(np.nanmean(ess["removed log-likelihoods"])) / total
+    weights, k = smoothed_weights(removed, min(1.0, fraction) if np.isfinite(fraction) else 1.0)
+    shift, shift_error = reweighted_shift(phi.values, weights)
+    limit = pareto_threshold(total)
+    good = k < limit
+    if not good.all():
+        bad = names[~good]
+        shown = ", ".join(f"{a} ({b:.2f})" for a, b in zip(bad[:8], k[~good][:8], strict=True))
+        warnings.warn(
+            f"Pareto's k is {limit:.2f} or more for {len(bad)} of {len(k)} removals: {shown}"
+            f"{' …' if len(bad) > 8 else ''}. Their change is of first order; refit without them "
+            f"to be sure.",
+            ParetoWarning,
+            stacklevel=2,
+        )
+    pair = ("query", "removed")
+    arrays = {
+        "change": np.where(good, shift, -first.value),
+        "change_mcse": np.where(good, shift_error, first.mcse),
+        "first_order": -first.value,
+        "first_order_mcse": first.mcse,
+        "second_order": -first.value + second / 2,
+        "second_order_mcse": np.hypot(first.mcse, second_error / 2),
+        "psis": shift,
+        "psis_mcse": shift_error,
+    }
+    return xr.Dataset(
+        {
+            **{name: (pair, array) for name, array in arrays.items()},
+            "pareto_k": ("removed", k),
+            "uses": ("removed", text_labels(np.where(good, "psis", "first_order"))),
+            "posterior_mean": ("query", phi.values.mean(axis=(0, 1))),
+            "posterior_sd": ("query", phi.values.std(axis=(0, 1), ddof=1)),
+        },
+        coords={"query": phi.labels, "removed": names},
+        attrs={
+            "method": "case_removal",
+            "pareto_threshold": limit,
+            "mcse_df": first.freedom,
+            "chains": removed.shape[0],
+            "draws": removed.shape[1],
+            "n": len(cases.labels),
+            "seconds": time.perf_counter() - began,
+            **versions(),
+        },
+    )
+
+
+def pareto_threshold(draws: int) -> float:
+    """``min(1 − 1/log₁₀ S, 0.7)``: above it, smoothed weights are not to be believed."""
+    return float(min(1 - 1 / np.log10(draws), 0.7)) if draws > 1 else 0.0
+
+
+def smoothed_weights(log_p: np.ndarray, fraction: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+    """Weights ``∝ 1/p`` of every column, Pareto-smoothed.
+
+    Parameters
+    ----------
+    log_p
+        ``(C, T, N)``.
+    fraction
+        Effective draws as a share of all.
+
+    Returns
+    -------
+    tuple of np.ndarray
+        Weights ``(C, T, N)`` with the sum 1, and Pareto's k ``(N,)``: 0 for a column that never
+        varies, whose weights are equal.
+    """
+    from arviz_stats.base import array_stats  # late: it takes a second
+
+    flat = log_p.reshape(-1, log_p.shape[2])
+    weights, k = np.full(flat.shape, 1 / len(flat)), np.zeros(flat.shape[1])
+    for j in np.flatnonzero(np.ptp(flat, axis=0) > 0):
+        log_weights, k[j] = array_stats.psislw(flat[:, j], r_eff=fraction)
+        raw = np.exp(log_weights - log_weights.max())
+        weights[:, j] = raw / raw.sum()
+    return weights.reshape(log_p.shape), k
+
+
+def _removed(
+    values: np.ndarray, labels: np.ndarray, groups: Mapping[Any, Sequence[Any]] | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Names of what is removed, and its log-likelihood ``(C, T, groups)``."""
+    if groups is None:
+        return labels, values
+    place = {label: i for i, label in enumerate(labels.tolist())}
+    sums = []
+    for name, members in groups.items():
+        keys = [x.item() if isinstance(x, np.generic) else x for x in members]
+        unknown = [x for x in keys if x not in place]
+        if unknown:
+            raise KeyError(
+                f"group {name!r} has observations that are not in log_likelihood: {unknown[:5]}. "
+                f"Labels are the coordinate of the observations, such as {labels.tolist()[:3]}."
+            )
+        if not keys or len(set(keys)) < len(keys):
+            raise ValueError(
+                f"group {name!r} is empty or names an observation twice. Give each once."
+            )
+        sums.append(values[:, :, [place[x] for x in keys]].sum(axis=2))
+    return text_labels(np.array(list(groups), dtype=object)), np.stack(sums, axis=2)

@@ -1,0 +1,103 @@
+"""Removal of cases and groups, against exact refits."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from bayesinf.bayesian import ParetoWarning, case_removal
+from bayesinf.bayesian._case_removal import pareto_threshold
+from tests.bayesian.closed_forms import LinearRegression, regression
+
+
+def refits(model: LinearRegression, sets: list[list[int]]) -> np.ndarray:
+    mean = model.posterior()[0]
+    changes = []
+    for members in sets:
+        b = np.ones(len(model.y))
+        b[members] = 0
+        changes.append(model.posterior(b)[0] - mean)
+    return np.array(changes).T
+
+
+def test_single_cases_by_importance_weights() -> None:
+    """Leverage is at most 0.36, so weights are good; 5 standard errors for 60 pairs of 8,000 draws
+    raise a false alarm below 1 in 1000 (t with 12 degrees of freedom or more).
+    """
+    model = regression(n=20)
+    exact = refits(model, [[i] for i in range(20)])
+    found = case_removal(model.tree(3, draws=2000))
+    assert (found["uses"] == "psis").all()
+    np.testing.assert_array_equal(found["change"], found["psis"])
+    assert (abs(found["psis"].values - exact) < 5 * found["psis_mcse"].values).all()
+    orders = ("first_order", "second_order", "psis")
+    error = {k: np.sqrt(np.mean((found[k].values - exact) ** 2)) for k in orders}
+    assert max(error["psis"], error["second_order"]) < 0.5 * error["first_order"]
+    # first and second order are what the Taylor series says, not the refit
+    first = -model.influence()
+    off = abs(found["first_order"].values - first)
+    assert (off < 5 * found["first_order_mcse"].values).all()
+    second = first + model.second_order() / 2
+    off = abs(found["second_order"].values - second)
+    assert (off < 6 * found["second_order_mcse"].values).all()
+
+
+def test_weights_of_arviz_give_the_same_means() -> None:
+    from arviz_stats import loo_expectations
+
+    model = regression(n=10)
+    tree = model.tree(0)
+    w = tree["posterior"]["w"].isel(feature=0)
+    like = tree["log_likelihood"]["y"]
+    tree["posterior_predictive"] = xr.DataTree(xr.Dataset({"y": w + 0 * like}))
+    tree["observed_data"] = xr.DataTree(xr.Dataset({"y": ("obs", model.y)}))
+    expected, _ = loo_expectations(tree, var_name="y", kind="mean")
+    found = case_removal(tree, quantities={"w0": w})
+    means = found["psis"].sel(query="w0").values + float(w.mean())
+    # tails differ by a draw or two, as ArviZ counts effective draws of the parameters
+    np.testing.assert_allclose(means, expected, atol=2e-3)
+
+
+def test_an_outlier_of_high_leverage_is_told_by_its_pareto_k() -> None:
+    plain = regression(n=20)
+    x, y = plain.x.copy(), plain.y.copy()
+    x[4] *= 12
+    y[4] = 0.0
+    model = LinearRegression(x, y)
+    assert model.leverage()[4] > 0.9
+    with pytest.warns(ParetoWarning, match=r"of 20 removals: 4 \(1"):
+        found = case_removal(model.tree(0))
+    bad = found["pareto_k"].values >= found.attrs["pareto_threshold"]
+    assert bad[4]
+    assert bad.sum() <= 4
+    np.testing.assert_array_equal(found["uses"] == "first_order", bad)
+    np.testing.assert_array_equal(found["change"][:, bad], found["first_order"][:, bad])
+    np.testing.assert_array_equal(found["change"][:, ~bad], found["psis"][:, ~bad])
+
+
+def test_groups_are_removed_together() -> None:
+    """5 standard errors for 6 pairs: false alarm below 1 in 1000."""
+    model = regression(n=60)
+    sets = {"first two": [0, 1], "others": np.array([7, 30, 41])}
+    found = case_removal(model.tree(0, draws=2000), sets)
+    exact = refits(model, [list(v) for v in sets.values()])
+    assert found["removed"].values.tolist() == list(sets)
+    assert (abs(found["change"].values - exact) < 5 * found["change_mcse"].values).all()
+    alone = case_removal(model.tree(0, draws=2000))
+    total = alone["first_order"].sel(removed=[0, 1]).sum("removed")
+    np.testing.assert_allclose(found["first_order"][:, 0], total, rtol=1e-9)
+
+
+def test_errors_teach() -> None:
+    tree = regression().tree(0)
+    with pytest.raises(KeyError, match="not in log_likelihood: \\[99\\]"):
+        case_removal(tree, {"a": [0, 99]})
+    for members in ([], [1, 1]):
+        with pytest.raises(ValueError, match="empty or names"):
+            case_removal(tree, {"a": members})
+
+
+def test_threshold() -> None:
+    assert pareto_threshold(100) == pytest.approx(0.5)
+    assert pareto_threshold(10**6) == 0.7
