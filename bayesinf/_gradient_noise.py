@@ -42,8 +42,9 @@ _NUMBERS = 2**23
 
 _FEWEST = 4
 
-_AT_ONCE = 4
-"""Examples of one product with the Hessian, which keeps four times what a gradient does."""
+_AT_ONCE, _LARGE = 4, 1_000_000
+"""Examples of one product with the Hessian, which keeps four times what a gradient does; networks
+with more parameters than ``_LARGE`` take one at a time."""
 
 _PER_PRODUCT = 8
 """Gradients that cost about what two products with the Hessian do."""
@@ -238,7 +239,8 @@ def _curvature(
 ) -> float:
     """Mean of ``xᵀÃx / xᵀx`` over the rows, each at its position, at least the prior's share."""
     moved = push(preconditioner, rows * _scale(state))
-    parts = [None] if examples is None else examples.split(_AT_ONCE, dim=1)
+    at_once = 1 if rows.shape[1] > _LARGE else _AT_ONCE
+    parts = [None] if examples is None else examples.split(at_once, dim=1)
     size = [1 if part is None else part.shape[1] for part in parts]
     inner = sum(
         k / sum(size) * float((potential.hvp(state["position"], moved, part) * moved).sum())

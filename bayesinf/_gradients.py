@@ -29,7 +29,7 @@ from bayesinf._tracing import record
 __all__ = ["ChainFunctions", "VectorizationWarning"]
 
 _MAX_VECTORIZED_PARAMETERS = 1_000_000
-_AT_ONCE = 16
+_AT_ONCE = 8
 """Examples of one backward pass of networks with more parameters."""
 
 _TOLERANCE = {

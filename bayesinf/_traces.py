@@ -302,6 +302,7 @@ class TraceStore(ChainRecord):
         self._check_recorded(group, measurement, tokens)
         self.warn_of_failures(stacklevel=2)
         data = self.read(group, measurement, Selection(tokens))
+        data = data if data.flags.writeable else data.copy()
         axis = self.axis(group, tokens=tokens)
         coords = {"chain": self.healthy, "draw": np.arange(self.draws), **axis.coords()}
         if not tokens:

@@ -61,7 +61,9 @@ def test_covariances_are_those_of_the_traces(
     np.testing.assert_array_equal(result.share, expected.share)
     for name in ("value", "mcse", "within", "deleted", "halves"):
         one, other = getattr(result, name), getattr(expected, name)
-        np.testing.assert_allclose(one, other, rtol=0, atol=1e-12 * np.abs(other).max(initial=0))
+        tolerance = 1e-12 if other.dtype == np.float64 else 1e-6  # short batches
+        bound = tolerance * np.abs(other).max(initial=0)
+        np.testing.assert_allclose(one, other, rtol=0, atol=bound)
     assert expected.mcse.min() > 0
 
 

@@ -123,6 +123,7 @@ def test_versions_of_what_is_not_installed_are_left_out(monkeypatch):
         return "1.2"
 
     monkeypatch.setattr(_scores, "version", version)
+    monkeypatch.setattr(_scores, "_versions", _scores._versions.__wrapped__)  # kept otherwise
     attrs = scores().attrs
     assert "bayesinf_version" not in attrs
     assert attrs["torch_version"] == attrs["numpy_version"] == "1.2"
