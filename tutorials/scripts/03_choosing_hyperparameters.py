@@ -564,7 +564,7 @@ assert sweep[0.1]["slope on exact"] > 1.6
 assert abs(sweep[1000]["slope on exact"] - 1) < 0.15
 assert abs(sweep[1000]["correlation"] - sweep[1000]["if noise alone"]) < 0.06
 assert sweep[1e14]["correlation"] < sweep[1000]["correlation"] - 0.1
-assert sweep[1e14]["virial ratio"] > 1000
+assert abs(sweep[1e14]["virial ratio"]) > 1000
 assert sweep[1e14]["effective dimension"] < 0
 assert with_time(drifting).max() < -0.8
 assert removed > 0.6
