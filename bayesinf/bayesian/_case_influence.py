@@ -67,8 +67,10 @@ def case_influence(
         ``influence (query, train)``, φ by observation, in units of φ; ``mcse``, with an interval
         ``influence ± t·mcse`` of ``attrs["mcse_df"]`` degrees of freedom; ``influence_within``,
         centred per chain, a check; ``second_order`` and ``second_order_mcse``, how fast the
-        influence itself changes; per φ and per observation ``rhat_*``, ``ess_*``; ``posterior_mean
-        (query)`` and ``posterior_sd (query)``.
+        influence itself changes; ``power_scaling (query)``, the sum over all observations with the
+        error of the sum: how the mean moves when the whole likelihood is raised to a power, the
+        signed kin of ArviZ's ``psense(group="likelihood")``; per φ and per observation ``rhat_*``,
+        ``ess_*``; ``posterior_mean (query)`` and ``posterior_sd (query)``.
 
     Raises
     ------
@@ -100,7 +102,8 @@ def case_influence(
         rhat[name], ess[name] = rhat_and_ess(draws.values)
     how = chosen_center(center, len(phi.values), rhat, ess, level=2)
     found = cross_covariance(phi.values, cases.values, center=how)
-    second, second_error = third_cumulant(phi.values, cases.values)
+    second, second_error = third_cumulant(*(_level(d.values, how) for d in (phi, cases)))
+    whole = cross_covariance(phi.values, cases.values.sum(axis=2, keepdims=True), center=how)
     pair = ("query", "train")
     scores = label_scores(
         {
@@ -109,6 +112,8 @@ def case_influence(
             "influence_within": (pair, found.within),
             "second_order": (pair, second),
             "second_order_mcse": (pair, second_error),
+            "power_scaling": (("query",), whole.value[:, 0]),
+            "power_scaling_mcse": (("query",), whole.mcse[:, 0]),
             "posterior_mean": (("query",), phi.values.mean(axis=(0, 1))),
             "posterior_sd": (("query",), phi.values.std(axis=(0, 1), ddof=1)),
         },
@@ -129,6 +134,11 @@ def case_influence(
         scores[f"rhat_{dim}"] = (dim, rhat[name])  # NaN where a column never varies
         scores[f"ess_{dim}"] = (dim, ess[name])
     return scores
+
+
+def _level(values: np.ndarray, center: str) -> np.ndarray:
+    """Values whose chains have one mean, where covariances are centred per chain."""
+    return values - values.mean(axis=1, keepdims=True) if center == "chain" else values
 
 
 def checked_pair(phi: Draws, cases: Draws) -> tuple[Draws, Draws]:

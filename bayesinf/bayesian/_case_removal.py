@@ -13,7 +13,7 @@ import xarray as xr
 from bayesinf._covariance import cross_covariance
 from bayesinf._scores import text_labels, versions
 from bayesinf.bayesian._case_influence import checked_pair
-from bayesinf.bayesian._convergence import chosen_center, rhat_and_ess
+from bayesinf.bayesian._convergence import chosen_center, effective_share, rhat_and_ess
 from bayesinf.bayesian._cumulants import reweighted_shift, third_cumulant
 from bayesinf.bayesian._draws import Quantities, read_log_likelihood, read_quantities
 
@@ -95,38 +95,16 @@ def case_removal(
     for name, values in (("quantities", phi.values), ("removed log-likelihoods", removed)):
         rhat[name], ess[name] = rhat_and_ess(values)
     chosen_center("grand", len(removed), rhat, ess, level=2)
-    first = cross_covariance(phi.values, removed)
-    second, second_error = third_cumulant(phi.values, removed)
     total = removed.shape[0] * removed.shape[1]
-    fraction = float(np.nanmean(ess["removed log-likelihoods"])) / total
-    weights, k = smoothed_weights(removed, min(1.0, fraction) if np.isfinite(fraction) else 1.0)
-    shift, shift_error = reweighted_shift(phi.values, weights)
+    weights, k = smoothed_weights(removed, effective_share(ess["removed log-likelihoods"], total))
     limit = pareto_threshold(total)
     good = k < limit
     if not good.all():
-        bad = names[~good]
-        shown = ", ".join(f"{a} ({b:.2f})" for a, b in zip(bad[:8], k[~good][:8], strict=True))
-        warnings.warn(
-            f"Pareto's k is {limit:.2f} or more for {len(bad)} of {len(k)} removals: {shown}"
-            f"{' …' if len(bad) > 8 else ''}. Their change is of first order; refit without them "
-            f"to be sure.",
-            ParetoWarning,
-            stacklevel=2,
-        )
-    pair = ("query", "removed")
-    arrays = {
-        "change": np.where(good, shift, -first.value),
-        "change_mcse": np.where(good, shift_error, first.mcse),
-        "first_order": -first.value,
-        "first_order_mcse": first.mcse,
-        "second_order": -first.value + second / 2,
-        "second_order_mcse": np.hypot(first.mcse, second_error / 2),
-        "psis": shift,
-        "psis_mcse": shift_error,
-    }
+        warnings.warn(_heavy(names[~good], k[~good], len(k), limit), ParetoWarning, stacklevel=2)
+    arrays, freedom = _changes(phi.values, removed, weights, good)
     return xr.Dataset(
         {
-            **{name: (pair, array) for name, array in arrays.items()},
+            **{name: (("query", "removed"), array) for name, array in arrays.items()},
             "pareto_k": ("removed", k),
             "uses": ("removed", text_labels(np.where(good, "psis", "first_order"))),
             "posterior_mean": ("query", phi.values.mean(axis=(0, 1))),
@@ -136,13 +114,40 @@ def case_removal(
         attrs={
             "method": "case_removal",
             "pareto_threshold": limit,
-            "mcse_df": first.freedom,
+            "mcse_df": freedom,
             "chains": removed.shape[0],
             "draws": removed.shape[1],
             "n": len(cases.labels),
             "seconds": time.perf_counter() - began,
             **versions(),
         },
+    )
+
+
+def _changes(
+    phi: np.ndarray, removed: np.ndarray, weights: np.ndarray, good: np.ndarray
+) -> tuple[dict[str, np.ndarray], float]:
+    """Predictions ``(Q, N)`` of all three kinds with their errors, and degrees of freedom."""
+    first = cross_covariance(phi, removed)
+    pairs = {
+        "first_order": (-first.value, first.mcse),
+        "second_order": third_cumulant(phi, removed, scale=0.5, plus=-1.0),
+        "psis": reweighted_shift(phi, weights),
+    }
+    psis, linear = pairs["psis"], pairs["first_order"]
+    chosen = tuple(np.where(good, a, b) for a, b in zip(psis, linear, strict=True))
+    arrays: dict[str, np.ndarray] = {}
+    for name, (value, error) in {"change": chosen, **pairs}.items():
+        arrays |= {name: value, f"{name}_mcse": error}
+    return arrays, first.freedom
+
+
+def _heavy(names: np.ndarray, k: np.ndarray, of: int, limit: float) -> str:
+    shown = ", ".join(f"{a} ({b:.2f})" for a, b in zip(names[:8], k[:8], strict=True))
+    return (
+        f"Pareto's k is {limit:.2f} or more for {len(k)} of {of} removals: {shown}"
+        f"{' …' if len(k) > 8 else ''}. Their change is of first order; refit without them to be "
+        f"sure."
     )
 
 

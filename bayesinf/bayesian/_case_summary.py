@@ -13,6 +13,7 @@ from bayesinf._scores import versions
 from bayesinf.attribution._self_variance import variances
 from bayesinf.bayesian._case_influence import case_influence
 from bayesinf.bayesian._case_removal import pareto_threshold, smoothed_weights
+from bayesinf.bayesian._convergence import effective_share
 from bayesinf.bayesian._draws import Quantities, read_log_likelihood
 
 __all__ = ["case_summary"]
@@ -80,8 +81,7 @@ def case_summary(
     draws = log_p.shape[0] * log_p.shape[1]
     variance, error, freedom = variances(log_p, influence.attrs["center"])
     lppd = logsumexp(log_p, axis=(0, 1)) - np.log(draws)
-    ess = float(np.nanmean(influence["ess_train"])) / draws
-    k = smoothed_weights(log_p, min(1.0, ess) if np.isfinite(ess) else 1.0)[1]
+    k = smoothed_weights(log_p, effective_share(influence["ess_train"].values, draws))[1]
     shift, shift_error, moves = _largest(influence)
     elpd = lppd - variance
     columns = {

@@ -8,7 +8,7 @@ import numpy as np
 
 from bayesinf._diagnostics import ConvergenceWarning
 
-__all__ = ["chosen_center", "rhat_and_ess"]
+__all__ = ["chosen_center", "effective_share", "rhat_and_ess"]
 
 
 def rhat_and_ess(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -28,6 +28,12 @@ def rhat_and_ess(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     rhat[moves] = array_stats.rhat(halves, chain_axis=0, draw_axis=1)
     ess[moves] = array_stats.ess(columns, chain_axis=0, draw_axis=1, method="bulk")
     return rhat, ess
+
+
+def effective_share(ess: np.ndarray, draws: int) -> float:
+    """Mean of effective draws over all draws, at most 1; 1 where nothing varies."""
+    seen = ess[np.isfinite(ess)]
+    return min(1.0, float(seen.mean()) / draws) if len(seen) else 1.0
 
 
 def chosen_center(

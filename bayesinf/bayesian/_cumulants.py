@@ -16,16 +16,20 @@ __all__ = ["batch_error", "reweighted_shift", "third_cumulant"]
 _COLUMNS = 1024
 
 
-def third_cumulant(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    r"""``κ₃(x, y, y) = E[(x − x̄)(y − ȳ)²]`` and its standard error.
+def third_cumulant(
+    x: np.ndarray, y: np.ndarray, *, scale: float = 1.0, plus: float = 0.0
+) -> tuple[np.ndarray, np.ndarray]:
+    r"""``scale·κ₃(x, y, y) + plus·Cov(x, y)``, ``κ₃ = E[(x − x̄)(y − ȳ)²]``, and its error.
 
-    Its linearisation is :math:`x_c y_c^2 - \mathrm{Var}(y)\,x_c - 2\,\mathrm{Cov}(x, y)\,y_c -
-    \kappa_3`, centred draws with an index c.
+    The linearisation of κ₃ is :math:`x_c y_c^2 - \mathrm{Var}(y)\,x_c - 2\,\mathrm{Cov}(x, y)\,y_c
+    - \kappa_3`, centred draws with an index c.
 
     Parameters
     ----------
     x, y
         ``(C, T, Q)`` and ``(C, T, N)``.
+    scale, plus
+        Factors of the cumulant and of the covariance.
 
     Returns
     -------
@@ -36,21 +40,19 @@ def third_cumulant(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray
     total = chains * draws
     xc, yc = (v - v.mean(axis=(0, 1), keepdims=True) for v in (x, y))
     value, error = np.empty((2, x.shape[2], y.shape[2]))
-    factor = total**2 / ((total - 1) * (total - 2))
-    slices = batch_slices(chains, draws)
-    where = [(c, s) for c in range(chains) for s in slices]
-    lengths = np.array([s.stop - s.start for _, s in where], dtype=np.float64)
+    third, second = scale * total**2 / ((total - 1) * (total - 2)), plus * total / (total - 1)
+    where, lengths = _batches(chains, draws)
     for start in range(0, y.shape[2], _COLUMNS):
         columns = slice(start, min(start + _COLUMNS, y.shape[2]))
         yb = yc[:, :, columns]
-        squares = yb**2 - (yb**2).mean(axis=(0, 1), keepdims=True)
+        terms = third * (yb**2 - (yb**2).mean(axis=(0, 1))) + second * yb
         covariance = np.einsum("ctq,ctn->qn", xc, yb, optimize=True) / total
         sums = np.stack(
-            [xc[c, s].T @ squares[c, s] - 2 * covariance * yb[c, s].sum(axis=0) for c, s in where]
+            [xc[b].T @ terms[b] - 2 * third * covariance * yb[b].sum(axis=0) for b in where]
         )
         value[:, columns] = sums.sum(axis=0) / total
         error[:, columns] = batch_error(sums, lengths)
-    return factor * value, factor * error
+    return value, error
 
 
 def batch_error(sums: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -82,14 +84,18 @@ def reweighted_shift(x: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np
     total = chains * draws
     xc = x - x.mean(axis=(0, 1), keepdims=True)
     shift = np.einsum("ctq,ctn->qn", xc, weights, optimize=True)
-    slices = batch_slices(chains, draws)
-    where = [(c, s) for c in range(chains) for s in slices]
-    lengths = np.array([s.stop - s.start for _, s in where], dtype=np.float64)
+    where, lengths = _batches(chains, draws)
     sums = np.stack(
         [
-            total * (xc[c, s].T @ weights[c, s] - shift * weights[c, s].sum(axis=0))
-            - xc[c, s].sum(axis=0)[:, None]
-            for c, s in where
+            total * (xc[b].T @ weights[b] - shift * weights[b].sum(axis=0))
+            - xc[b].sum(axis=0)[:, None]
+            for b in where
         ]
     )
     return shift, batch_error(sums, lengths)
+
+
+def _batches(chains: int, draws: int) -> tuple[list[tuple[int, slice]], np.ndarray]:
+    """Where the batches are, chain by chain, and their lengths."""
+    where = [(c, s) for c in range(chains) for s in batch_slices(chains, draws)]
+    return where, np.array([s.stop - s.start for _, s in where], dtype=np.float64)

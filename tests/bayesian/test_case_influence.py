@@ -11,6 +11,7 @@ import bayesinf as bi
 from bayesinf.bayesian import case_influence
 from bayesinf.bayesian._cumulants import third_cumulant
 from tests.bayesian.closed_forms import LinearRegression, normal_mean, regression
+from tests.test_imports import MODULES, closure, roots
 
 MODELS = {"normal": normal_mean(), "regression": regression()}
 
@@ -71,6 +72,29 @@ def test_third_cumulant_is_that_of_the_draws() -> None:
     assert abs(value.item() - 2) < 5 * error.item()
     assert error.item() < 0.05
     assert value.item() == pytest.approx(stats.kstat(draws.ravel(), 3), rel=1e-9)
+
+
+def test_power_scaling_is_the_sum_and_agrees_with_psense() -> None:
+    """Closed form: refits with all weights at 1.001 and 0.999; 5 standard errors."""
+    from arviz_stats import psense
+
+    model = LinearRegression(MODELS["regression"].x, MODELS["regression"].y + 3, tau=0.3)
+    tree = model.tree(0, draws=2000)
+    found = case_influence(tree)
+    np.testing.assert_allclose(found["power_scaling"], found["influence"].sum("train"), rtol=1e-9)
+    n = len(model.y)
+    ends = [model.posterior(np.full(n, b))[0] for b in (1.001, 0.999)]
+    off = abs(found["power_scaling"].values - (ends[0] - ends[1]) / 0.002)
+    assert (off < 5 * found["power_scaling_mcse"].values).all()
+    theirs = psense(tree, group="likelihood")["w"].values
+    ours = abs(found["power_scaling"] / found["posterior_sd"]).values
+    assert np.argmax(ours) == np.argmax(theirs)
+    assert np.corrcoef(ours, theirs)[0, 1] > 0.95
+
+
+def test_nothing_heavy_is_needed_to_read_draws() -> None:
+    for name in [n for n in MODULES if n.startswith("bayesinf.bayesian")]:
+        assert not roots(closure(name)) & {"torch", "matplotlib", "sklearn", "jax"}
 
 
 def test_a_function_of_parameters_and_the_log_likelihood_itself() -> None:
@@ -155,6 +179,20 @@ def test_trees_of_numpyro_and_pymc_give_the_same() -> None:
     assert first["train"].values[3] == 3
 
 
+def test_old_inference_data_is_converted() -> None:
+    tree = MODELS["regression"].tree(0)
+
+    class InferenceData:  # ArviZ goes by the name
+        def groups(self) -> list[str]:
+            return ["posterior", "log_likelihood"]
+
+        def __getitem__(self, name: str) -> xr.Dataset:
+            return tree[name].to_dataset()
+
+    found = case_influence(InferenceData())
+    np.testing.assert_array_equal(found["influence"], case_influence(tree)["influence"])
+
+
 def test_several_dimensions_of_observations_and_draws_of_one_chain() -> None:
     model = MODELS["regression"]
     w = model.draws(0, chains=1)[0]
@@ -223,5 +261,6 @@ def test_chains_apart_are_centred_each_on_its_own() -> None:
         found = case_influence(xr.DataTree.from_dict(moved))
     assert found.attrs["center"] == "chain"
     # offsets leave each chain's own covariance
-    expected = case_influence(tree, center="chain")["influence"]
-    np.testing.assert_allclose(found["influence"], expected, rtol=1e-8, atol=1e-12)
+    expected = case_influence(tree, center="chain")
+    for name in ("influence", "mcse", "second_order", "second_order_mcse", "power_scaling"):
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-7, atol=1e-11)
