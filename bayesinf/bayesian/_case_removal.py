@@ -20,6 +20,10 @@ from bayesinf.bayesian._draws import Quantities, read_log_likelihood, read_quant
 __all__ = ["ParetoWarning", "case_removal", "pareto_threshold", "smoothed_weights"]
 
 
+_EQUAL = 1e-6
+"""Range of log-weights below which they are as good as equal."""
+
+
 class ParetoWarning(UserWarning):
     """Importance weights of some removals have too heavy a tail to be believed."""
 
@@ -76,7 +80,8 @@ def case_removal(
     Warns
     -----
     ParetoWarning
-        Naming the removals for which ``change`` is of first order.
+        Naming the removals for which ``change`` is of first order, those that do most first. For
+        observations that hardly matter it means little: k tells a tail's shape, not its weight.
     ConvergenceWarning
         As of :func:`case_influence`.
 
@@ -99,16 +104,20 @@ def case_removal(
     weights, k = smoothed_weights(removed, effective_share(ess["removed log-likelihoods"], total))
     limit = pareto_threshold(total)
     good = k < limit
-    if not good.all():
-        warnings.warn(_heavy(names[~good], k[~good], len(k), limit), ParetoWarning, stacklevel=2)
     arrays, freedom = _changes(phi.values, removed, weights, good)
+    if not good.all():
+        spread = _spread(phi.values)
+        moving = spread > 0
+        size = abs(arrays["first_order"][moving] / spread[moving, None]).max(axis=0, initial=0)
+        worst = sorted(np.flatnonzero(~good), key=lambda j: -size[j])
+        warnings.warn(_heavy(names[worst], k[worst], len(k), limit), ParetoWarning, stacklevel=2)
     return xr.Dataset(
         {
             **{name: (("query", "removed"), array) for name, array in arrays.items()},
             "pareto_k": ("removed", k),
             "uses": ("removed", text_labels(np.where(good, "psis", "first_order"))),
             "posterior_mean": ("query", phi.values.mean(axis=(0, 1))),
-            "posterior_sd": ("query", phi.values.std(axis=(0, 1), ddof=1)),
+            "posterior_sd": ("query", _spread(phi.values)),
         },
         coords={"query": phi.labels, "removed": names},
         attrs={
@@ -142,11 +151,16 @@ def _changes(
     return arrays, first.freedom
 
 
+def _spread(values: np.ndarray) -> np.ndarray:
+    spread: np.ndarray = values.std(axis=(0, 1), ddof=1)
+    return spread
+
+
 def _heavy(names: np.ndarray, k: np.ndarray, of: int, limit: float) -> str:
     shown = ", ".join(f"{a} ({b:.2f})" for a, b in zip(names[:8], k[:8], strict=True))
     return (
-        f"Pareto's k is {limit:.2f} or more for {len(k)} of {of} removals: {shown}"
-        f"{' …' if len(k) > 8 else ''}. Their change is of first order; refit without them to be "
+        f"Pareto's k is {limit:.2f} or more for {len(k)} of {of} removals, by falling effect: "
+        f"{shown}{' …' if len(k) > 8 else ''}. Their change is of first order; refit without them to be "
         f"sure."
     )
 
@@ -169,18 +183,31 @@ def smoothed_weights(log_p: np.ndarray, fraction: float = 1.0) -> tuple[np.ndarr
     Returns
     -------
     tuple of np.ndarray
-        Weights ``(C, T, N)`` with the sum 1, and Pareto's k ``(N,)``: 0 for a column that never
-        varies, whose weights are equal.
+        Weights ``(C, T, N)`` with the sum 1, and Pareto's k ``(N,)``. Where log p varies by less
+        than 1e-6, or all of the largest weights are equal, there is no tail to fit (ArviZ 0.8
+        returns NaN or refuses): the weights are the raw ones and k is 0.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than 25 draws.
     """
     from arviz_stats.base import array_stats  # late: it takes a second
 
     flat = log_p.reshape(-1, log_p.shape[2])
-    weights, k = np.full(flat.shape, 1 / len(flat)), np.zeros(flat.shape[1])
-    for j in np.flatnonzero(np.ptp(flat, axis=0) > 0):
-        log_weights, k[j] = array_stats.psislw(flat[:, j], r_eff=fraction)
-        raw = np.exp(log_weights - log_weights.max())
-        weights[:, j] = raw / raw.sum()
-    return weights.reshape(log_p.shape), k
+    if len(flat) < 25:
+        raise ValueError(
+            f"a Pareto tail needs 25 draws or more over all chains; there are {len(flat)}. Draw "
+            f"more: hundreds are wanted for every standard error."
+        )
+    log_weights, k = -flat, np.zeros(flat.shape[1])
+    for j in np.flatnonzero(np.ptp(flat, axis=0) > _EQUAL):
+        try:
+            log_weights[:, j], k[j] = array_stats.psislw(flat[:, j], r_eff=fraction)
+        except ValueError:  # all values of the tail are the same
+            continue
+    raw = np.exp(log_weights - log_weights.max(axis=0))
+    return (raw / raw.sum(axis=0)).reshape(log_p.shape), k
 
 
 def _removed(

@@ -7,7 +7,7 @@ import pytest
 import xarray as xr
 
 from bayesinf.bayesian import ParetoWarning, case_removal
-from bayesinf.bayesian._case_removal import pareto_threshold
+from bayesinf.bayesian._case_removal import pareto_threshold, smoothed_weights
 from tests.bayesian.closed_forms import LinearRegression, regression
 
 
@@ -79,7 +79,7 @@ def test_an_outlier_of_high_leverage_is_told_by_its_pareto_k() -> None:
     y[4] = 0.0
     model = LinearRegression(x, y)
     assert model.leverage()[4] > 0.9
-    with pytest.warns(ParetoWarning, match=r"of 20 removals: 4 \(1"):
+    with pytest.warns(ParetoWarning, match=r"of 20 removals, by falling effect: 4 \(1"):
         found = case_removal(model.tree(0))
     bad = found["pareto_k"].values >= found.attrs["pareto_threshold"]
     assert bad[4]
@@ -109,6 +109,22 @@ def test_errors_teach() -> None:
     for members in ([], [1, 1]):
         with pytest.raises(ValueError, match="empty or names"):
             case_removal(tree, {"a": members})
+
+
+def test_cases_that_hardly_matter_have_plain_weights() -> None:
+    """Probabilities of almost 1, and a likelihood of two values: no NaN, no refusal."""
+    rng = np.random.default_rng(0)
+    w = rng.standard_normal((4, 250, 1))
+    log_p = np.concatenate([-1e-13 * np.exp(w), -1e-8 * w**2, 0.1 * (w > 0), 0 * w, 0.3 * w], 2)
+    weights, k = smoothed_weights(log_p)
+    assert np.isfinite(weights).all()
+    np.testing.assert_array_equal(k[:4], 0)
+    np.testing.assert_allclose(weights.sum(axis=(0, 1)), 1)
+    plain = np.exp(-log_p) / np.exp(-log_p).sum(axis=(0, 1))
+    np.testing.assert_allclose(weights[..., :4], plain[..., :4], rtol=1e-12)
+    np.testing.assert_allclose(weights[..., 4], plain[..., 4], rtol=0.1)
+    with pytest.raises(ValueError, match="25 draws"):
+        smoothed_weights(log_p[:2, :10])
 
 
 def test_threshold() -> None:
