@@ -81,7 +81,8 @@ def case_removal(
     -----
     ParetoWarning
         Naming the removals for which ``change`` is of first order, those that do most first. For
-        observations that hardly matter it means little: k tells a tail's shape, not its weight.
+        observations that hardly matter it means little (k tells a tail's shape, not its weight);
+        one of high leverage pulls the fit to itself, and both predictions are then too small.
     ConvergenceWarning
         As of :func:`case_influence`.
 
@@ -108,7 +109,8 @@ def case_removal(
     if not good.all():
         spread = _spread(phi.values)
         moving = spread > 0
-        size = abs(arrays["first_order"][moving] / spread[moving, None]).max(axis=0, initial=0)
+        told = np.maximum(abs(arrays["first_order"]), abs(arrays["psis"]))
+        size = (told[moving] / spread[moving, None]).max(axis=0, initial=0)
         worst = sorted(np.flatnonzero(~good), key=lambda j: -size[j])
         warnings.warn(_heavy(names[worst], k[worst], len(k), limit), ParetoWarning, stacklevel=2)
     return xr.Dataset(
@@ -160,8 +162,8 @@ def _heavy(names: np.ndarray, k: np.ndarray, of: int, limit: float) -> str:
     shown = ", ".join(f"{a} ({b:.2f})" for a, b in zip(names[:8], k[:8], strict=True))
     return (
         f"Pareto's k is {limit:.2f} or more for {len(k)} of {of} removals, by falling effect: "
-        f"{shown}{' …' if len(k) > 8 else ''}. Their change is of first order; refit without them to be "
-        f"sure."
+        f"{shown}{' …' if len(k) > 8 else ''}. Their change is of first order; refit without "
+        f"them to be sure."
     )
 
 
