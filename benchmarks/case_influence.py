@@ -275,8 +275,8 @@ def main(argv: list[str] | None = None) -> int:
          "93–97 %", 0.93 <= found["coverage"] <= 0.97),
         (f"right signs, of the {found['clear']:.0%} without 0", f"{found['signs']:.2%}",
          "≥ 97.5 %", found["signs"] >= 0.975),
-        (f"sizes of changes against ArviZ's shifts ({found['missing']:.0f} NaN)", f"{found['change']:.4f}", "≥ 0.99",
-         found["change"] >= 0.99),
+        (f"sizes of changes against ArviZ's shifts ({found['missing']:.0f} NaN)",
+         f"{found['change']:.4f}", "≥ 0.99", found["change"] >= 0.99),
         ("… of second order", f"{found['second_order']:.4f}", "", None),
         ("… of first order", f"{found['first_order']:.4f}", "", None),
     ]  # fmt: skip
