@@ -45,6 +45,16 @@ from bayesinf.attribution._shrunk import shrink
 from bayesinf.attribution._susceptibility import susceptibility
 from bayesinf.attribution._text_similarity import bm25, tf_idf
 from bayesinf.attribution._top_k import top_k
+from bayesinf.bayesian import (
+    ParetoWarning,
+    anomaly_scores,
+    case_influence,
+    case_removal,
+    case_summary,
+    infinitesimal_jackknife,
+    loss_map,
+    w_kernel,
+)
 from bayesinf.curvature import (
     Curvature,
     NotPositiveDefiniteError,
@@ -137,6 +147,7 @@ __all__ = [
     "MonteCarloWarning",
     "NotPositiveDefiniteError",
     "PaddingWarning",
+    "ParetoWarning",
     "PrecisionWarning",
     "Preconditioner",
     "RMSpropSGLD",
@@ -155,6 +166,7 @@ __all__ = [
     "VectorizationWarning",
     "agreement",
     "alpha_curve",
+    "anomaly_scores",
     "astra",
     "bank_from_bergson",
     "bank_from_dattri",
@@ -163,6 +175,9 @@ __all__ = [
     "bif",
     "bm25",
     "calibrate",
+    "case_influence",
+    "case_removal",
+    "case_summary",
     "conjugate_gradient",
     "deflated_ekfac",
     "diagnose",
@@ -181,6 +196,7 @@ __all__ = [
     "grand",
     "group_influence",
     "hessian",
+    "infinitesimal_jackknife",
     "influence_over_checkpoints",
     "kfac",
     "lds",
@@ -193,6 +209,7 @@ __all__ = [
     "llc",
     "load_curvature",
     "loo_correlation",
+    "loss_map",
     "make_bank",
     "make_scores",
     "mislabel_detection",
@@ -224,5 +241,6 @@ __all__ = [
     "top_k",
     "train_one",
     "vog",
+    "w_kernel",
     "wbic",
 ]
