@@ -31,6 +31,7 @@ from torch import Tensor
 
 from bayesinf._batching import Batches, Batching, normalise
 from bayesinf._compensation import uncompensated_share
+from bayesinf._gradients import MAX_VECTORIZED_PARAMETERS
 from bayesinf._posterior import LocalPosterior, Potential
 from bayesinf.samplers import Preconditioner, Sampler, State
 from bayesinf.samplers._preconditioner import pull, push
@@ -42,9 +43,9 @@ _NUMBERS = 2**23
 
 _FEWEST = 4
 
-_AT_ONCE, _LARGE = 4, 1_000_000
-"""Examples of one product with the Hessian, which keeps four times what a gradient does; networks
-with more parameters than ``_LARGE`` take one at a time."""
+_AT_ONCE = 4
+"""Examples of one product with the Hessian, which keeps four times what a gradient does; of
+networks too large to vectorise, one."""
 
 _PER_PRODUCT = 8
 """Gradients that cost about what two products with the Hessian do."""
@@ -239,7 +240,7 @@ def _curvature(
 ) -> float:
     """Mean of ``xᵀÃx / xᵀx`` over the rows, each at its position, at least the prior's share."""
     moved = push(preconditioner, rows * _scale(state))
-    at_once = 1 if rows.shape[1] > _LARGE else _AT_ONCE
+    at_once = 1 if rows.shape[1] > MAX_VECTORIZED_PARAMETERS else _AT_ONCE
     parts = [None] if examples is None else examples.split(at_once, dim=1)
     size = [1 if part is None else part.shape[1] for part in parts]
     inner = sum(

@@ -26,9 +26,9 @@ from bayesinf._linear import FusedLinear
 from bayesinf._task import Measurement, Task
 from bayesinf._tracing import record
 
-__all__ = ["ChainFunctions", "VectorizationWarning"]
+__all__ = ["MAX_VECTORIZED_PARAMETERS", "ChainFunctions", "VectorizationWarning"]
 
-_MAX_VECTORIZED_PARAMETERS = 1_000_000
+MAX_VECTORIZED_PARAMETERS = 1_000_000
 _AT_ONCE = 8
 """Examples of one backward pass of networks with more parameters."""
 
@@ -62,7 +62,7 @@ class ChainFunctions:
     def __init__(self, task: Task, vectorize: bool | None = None) -> None:
         self.task = task
         self.vectorize = (
-            task.dimension <= _MAX_VECTORIZED_PARAMETERS if vectorize is None else vectorize
+            task.dimension <= MAX_VECTORIZED_PARAMETERS if vectorize is None else vectorize
         )
         convolutional = any(isinstance(m, _ConvNd) for m in task.module.modules())
         self._vectorize_shared = vectorize is True or not convolutional
@@ -186,7 +186,7 @@ def _loss_grad(task: Task, w: Tensor, batch: Batch, weights: Tensor | None = Non
     params = task.unflatten(w)
     given = (batch,) if weights is None else (batch, weights)
     size = len(tree_leaves(batch)[0])
-    step = _AT_ONCE if task.dimension > _MAX_VECTORIZED_PARAMETERS else max(1, size)
+    step = _AT_ONCE if task.dimension > MAX_VECTORIZED_PARAMETERS else max(1, size)
     total: Tensor | None = None
     found = []
     for start in range(0, size, step):

@@ -100,9 +100,9 @@ def test_vectorised_runs_never_loop(monkeypatch, rng):
     ChainFunctions(convolutional, True).loss_grad(at, images, shared=True)
     own = tuple(torch.stack([leaf] * len(at)) for leaf in images)
     ChainFunctions(convolutional).loss_grad(at, own, shared=False)
-    monkeypatch.setattr(_gradients, "_MAX_VECTORIZED_PARAMETERS", task.dimension)
+    monkeypatch.setattr(_gradients, "MAX_VECTORIZED_PARAMETERS", task.dimension)
     assert ChainFunctions(task).vectorize
-    monkeypatch.setattr(_gradients, "_MAX_VECTORIZED_PARAMETERS", task.dimension - 1)
+    monkeypatch.setattr(_gradients, "MAX_VECTORIZED_PARAMETERS", task.dimension - 1)
     assert not ChainFunctions(task).vectorize
     assert ChainFunctions(task, True).vectorize
 
@@ -330,7 +330,7 @@ def test_large_networks_take_few_examples_at_a_time(monkeypatch, weighted):
     weights = torch.rand(7, dtype=torch.float64) if weighted else None
     functions, batch = ChainFunctions(task, vectorize=False), task.train.batch()
     expected = functions.loss_grad(w, batch, shared=True, weights=weights)
-    monkeypatch.setattr(_gradients, "_MAX_VECTORIZED_PARAMETERS", 1)
+    monkeypatch.setattr(_gradients, "MAX_VECTORIZED_PARAMETERS", 1)
     monkeypatch.setattr(_gradients, "_AT_ONCE", 3)
     seen.clear()
     got = functions.loss_grad(w, batch, shared=True, weights=weights)
