@@ -24,7 +24,7 @@ import argparse
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,7 +120,7 @@ def simulated(task: bi.Task, curvature: bi.Curvature, damping: float, plan: Plan
     began = time.process_time()
     g = gradients(task)
     inverse = curvature.inverse(damping)
-    covariance = (g @ torch.stack([inverse @ row for row in g]).T).double().numpy()
+    covariance = (g @ torch.stack([inverse @ row for row in g]).T).double().cpu().numpy()
     covariance = (covariance + covariance.T) / 2
     count = len(task.query)
     exact = _scores(task, -covariance[:count, count:] / task.n)
@@ -133,7 +133,7 @@ def simulated(task: bi.Task, curvature: bi.Curvature, damping: float, plan: Plan
 def sampled(task: bi.Task, curvature: bi.Curvature, damping: float, plan: Plan) -> Iterator[Row]:
     """Scores of draws of EK-FAC's Gaussian and of chains."""
     inverse = curvature.inverse(damping)
-    noise = inverse.sample(4, torch.Generator().manual_seed(0))
+    noise = inverse.sample(4, torch.Generator(task.device).manual_seed(0))
     unit = bi.LocalPosterior(task, n_beta=1.0, gamma=0.0).bind()
     first = first_temperature(task, damping)
     n_beta = find_temperature(unit, noise, start=first, ratio=0.75).n_beta
@@ -143,7 +143,8 @@ def sampled(task: bi.Task, curvature: bi.Curvature, damping: float, plan: Plan) 
 
     product = GaussNewtonProduct(task, batch_size=_CHUNK)
     mass = deflate(curvature, product, damping=damping, rank=plan.rank, which="LA")
-    _, kernel = choose_kernel(at(n_beta), mass, mass.sample(4, torch.Generator().manual_seed(1)), 0)
+    pilot = mass.sample(4, torch.Generator(task.device).manual_seed(1))
+    _, kernel = choose_kernel(at(n_beta), mass, pilot, 0)
     gaussian = bi.EKFACLaplace(curvature)
     plain: dict[str, Any] = {"warmup": 0, "thin": 1}
     chain: dict[str, Any] = {"warmup": plan.warmup, "thin": plan.thin}
@@ -172,8 +173,8 @@ def _row(
     return Row(name, len(traces.healthy) * plan.draws, scores, seconds)
 
 
-def table_of(found: list[Row], bank: xr.Dataset) -> list[tuple[str, ...]]:
-    """Rows as text."""
+def table_of(found: Iterable[Row], bank: xr.Dataset) -> list[tuple[str, ...]]:
+    """Rows as text, each said as it comes."""
     lines: list[tuple[str, ...]] = []
     for row in found:
         judged = bi.lds(row.scores, bank)
@@ -186,22 +187,25 @@ def table_of(found: list[Row], bank: xr.Dataset) -> list[tuple[str, ...]]:
         interval = f"{value:.3f} [{float(judged['lower']):.3f}, {float(judged['upper']):.3f}]"
         draws = f"{row.draws}" if row.draws else "∞"
         lines.append((row.name, draws, interval, *noise, f"{row.seconds:.0f}"))
+        print(*lines[-1], sep=" | ", file=sys.stderr, flush=True)
     return lines
 
 
-def run(benchmark: BenchmarkTask, bank: xr.Dataset, plan: Plan) -> list[Row]:
+def run(
+    benchmark: BenchmarkTask, bank: xr.Dataset, plan: Plan, device: str = "cpu"
+) -> Iterator[Row]:
     """All rows of a task."""
     train, query = benchmark.data()
-    task = bi.Task(benchmark.checkpoint(), benchmark.likelihood, train=train, query=query)
+    task = bi.Task(
+        benchmark.checkpoint(), benchmark.likelihood, train=train, query=query, device=device
+    )
     task.train.ids, task.query.ids = bank["train"].values, bank["query"].values
     curvature = bi.fit_curvature(task, fisher=benchmark.fisher)
     lowest = lowest_curvature(task, _CHUNK, 0)
     damping = max(0.1 * curvature.trace() / task.dimension, -2 * lowest)
     print(f"damping {damping:.3g}, lowest curvature {lowest:.3g}", file=sys.stderr, flush=True)
-    return [
-        *simulated(task, curvature, damping, plan),
-        *sampled(task, curvature, damping, plan),
-    ]
+    yield from simulated(task, curvature, damping, plan)
+    yield from sampled(task, curvature, damping, plan)
 
 
 def main(argv: list[str] | None = None, plan: Plan | None = None) -> None:
@@ -212,12 +216,16 @@ def main(argv: list[str] | None = None, plan: Plan | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("task", nargs="?", choices=sorted(TASKS), default="pydoc-gpt")
+    parser.add_argument("--chains", type=int, default=Plan.chains, help="default: %(default)s")
+    parser.add_argument("--draws", type=int, default=Plan.draws, help="default: %(default)s")
+    parser.add_argument("--device", default="cpu", help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=1, help="default: %(default)s")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     benchmark = get_task(args.task)
     bank = benchmark.bank()
-    print(format_table(_HEADER, table_of(run(benchmark, bank, plan or Plan()), bank)))
+    plan = plan or Plan(chains=args.chains, draws=args.draws)
+    print(format_table(_HEADER, table_of(run(benchmark, bank, plan, args.device), bank)))
 
 
 if __name__ == "__main__":

@@ -51,6 +51,7 @@ def run(
     methods: list[BenchmarkMethod],
     bank: xr.Dataset,
     quick: dict[str, Any] | None = None,
+    device: str = "cpu",
 ) -> tuple[dict[str, xr.Dataset], dict[str, Cost], dict[str, str]]:
     """Score a task's checkpoint with each method.
 
@@ -64,6 +65,8 @@ def run(
         Ground truth.
     quick
         Options of :func:`bayesinf.sample` to override (for tests).
+    device
+        Where the scores are computed.
 
     Returns
     -------
@@ -71,7 +74,9 @@ def run(
         By method name; ``refused`` says why a method could not run.
     """
     train, query = benchmark.data()
-    task = bi.Task(benchmark.checkpoint(), benchmark.likelihood, train=train, query=query)
+    task = bi.Task(
+        benchmark.checkpoint(), benchmark.likelihood, train=train, query=query, device=device
+    )
     task.train.ids, task.query.ids = bank["train"].values, bank["query"].values
     scores: dict[str, xr.Dataset] = {}
     costs: dict[str, Cost] = {}
@@ -208,6 +213,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--retrain", action="store_true", help="make the ground truth anew under OUT/ground_truth"
     )
+    parser.add_argument("--device", default="cpu", help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=1, help="default: %(default)s")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
@@ -222,7 +228,7 @@ def main(argv: list[str] | None = None) -> None:
         if m.fits(benchmark)
         and {"all", m.family, m.name, "core" if m.core else m.name} & set(args.methods)
     ]
-    scores, costs, refused = run(benchmark, chosen, bank)
+    scores, costs, refused = run(benchmark, chosen, bank, device=args.device)
     table = bi.lds_table(scores, bank)
     table["seconds"] = ("scorer", [costs[name].wall for name in scores])
     table["peak_memory"] = ("scorer", [2.0**20 * costs[name].memory for name in scores])

@@ -57,6 +57,8 @@ class Plan:
         How many of the last layers' MLPs are sampled.
     dtype
         What the network computes in while it is sampled.
+    device
+        What everything runs on.
     """
 
     folder: Path
@@ -71,6 +73,7 @@ class Plan:
     warmup: int = 20
     batch: int = 8
     dtype: torch.dtype = torch.bfloat16
+    device: str = "cpu"
 
 
 @dataclass
@@ -166,7 +169,7 @@ def _load(plan: Plan) -> tuple[bi.Task, Any]:
     numbers = "|".join(str(k) for k in range(count - plan.layers, count))
     task = bi.Task(
         model, bi.CausalLM(), **sets,
-        parameters=rf".*\.layers\.({numbers})\.mlp\..*",
+        parameters=rf".*\.layers\.({numbers})\.mlp\..*", device=plan.device,
     )  # fmt: skip
     return hf.reuse_prefix(task), tokenizer
 
@@ -186,8 +189,8 @@ def sharpness(task: bi.Task, examples: int = 8, iterations: int = 6) -> float:
     potential = bi.LocalPosterior(task, n_beta=1.0, gamma=1.0, potential="plain").bind()
     center = potential.center[None]
     generator = torch.Generator().manual_seed(0)
-    vector = torch.randn(center.shape, generator=generator, dtype=center.dtype)
-    batch = torch.linspace(0, task.n - 1, min(examples, task.n)).long()[None]
+    vector = torch.randn(center.shape, generator=generator, dtype=center.dtype).to(center.device)
+    batch = torch.linspace(0, task.n - 1, min(examples, task.n)).long()[None].to(center.device)
     value = 0.0
     for _ in range(iterations):
         vector /= vector.norm()
@@ -309,11 +312,16 @@ def main(argv: list[str] | None = None, plan: Plan | None = None) -> int:
     add("--draws", type=int, default=Plan.draws, help="default: %(default)s")
     add("--passages", type=int, default=Plan.passages, help="default: %(default)s")
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    add("--device", default="cpu", help="default: %(default)s")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     if plan is None:
         plan = Plan(
-            *shipped(), passages=args.passages, draws=args.draws, dtype=getattr(torch, args.dtype)
+            *shipped(),
+            passages=args.passages,
+            draws=args.draws,
+            dtype=getattr(torch, args.dtype),
+            device=args.device,
         )
     result = run(plan)
     text, status = report(result)

@@ -30,7 +30,8 @@ def test_linear_draws_have_the_covariance():
 def test_rows_come_with_their_limits():
     task = get_task("diabetes-mlp")
     bank = task.bank()
-    found = run(task, bank, Plan(chains=4, draws=40, thin=2, warmup=8, many=(400, 40000)))
+    plan = Plan(chains=4, draws=40, thin=2, warmup=8, many=(400, 40000))
+    found = list(run(task, bank, plan))
     assert [row.draws for row in found] == [0, 400, 40000, 160, 160, 160, 160]
     exact, few, many, *sampled = (float(bi.lds(row.scores, bank)["lds"]) for row in found)
     assert few < exact - 0.02  # noise lowers it
