@@ -8,6 +8,7 @@ from typing import Unpack
 import xarray as xr
 
 from bayesinf._task import Task
+from bayesinf.attribution._needs import GAUSS_NEWTON_PRODUCTS
 from bayesinf.attribution._pairwise import require_damping
 from bayesinf.attribution._registry import register
 from bayesinf.attribution._scoring import Scoring, resolve
@@ -20,7 +21,12 @@ from bayesinf.curvature._fit import Fisher
 __all__ = ["conjugate_gradient"]
 
 
-@register("influence", "exact curvature by EK-FAC-preconditioned conjugate gradients")
+@register(
+    "influence",
+    "exact curvature by EK-FAC-preconditioned conjugate gradients",
+    needs=GAUSS_NEWTON_PRODUCTS,
+    one_of=(("fisher", "curvature"),),
+)
 def conjugate_gradient(
     task: Task,
     *,

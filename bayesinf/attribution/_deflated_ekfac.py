@@ -8,6 +8,7 @@ import xarray as xr
 from torch import Tensor
 
 from bayesinf._task import Task
+from bayesinf.attribution._needs import GAUSS_NEWTON_PRODUCTS
 from bayesinf.attribution._pairwise import Attribution, require_damping, score
 from bayesinf.attribution._registry import register
 from bayesinf.attribution._scoring import Scoring, resolve
@@ -22,7 +23,12 @@ from bayesinf.curvature._sources import GradientSource
 __all__ = ["deflated_ekfac"]
 
 
-@register("influence", "EK-FAC corrected in the directions that it misses most")
+@register(
+    "influence",
+    "EK-FAC corrected in the directions that it misses most",
+    needs=GAUSS_NEWTON_PRODUCTS,
+    one_of=(("fisher", "curvature"),),
+)
 def deflated_ekfac(
     task: Task,
     *,

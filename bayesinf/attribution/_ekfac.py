@@ -8,6 +8,7 @@ import xarray as xr
 
 from bayesinf._task import Task
 from bayesinf.attribution._kronecker_scores import kronecker_scores
+from bayesinf.attribution._needs import GRADIENTS
 from bayesinf.attribution._registry import register
 from bayesinf.attribution._scoring import Scoring
 from bayesinf.curvature._curvature import Curvature, Damping
@@ -16,7 +17,12 @@ from bayesinf.curvature._fit import Fisher
 __all__ = ["ekfac"]
 
 
-@register("influence", "eigenvalue-corrected Kronecker-factored curvature")
+@register(
+    "influence",
+    "eigenvalue-corrected Kronecker-factored curvature",
+    needs=GRADIENTS,
+    one_of=(("fisher", "curvature"), ("damping", "relative_damping")),
+)
 def ekfac(
     task: Task,
     *,

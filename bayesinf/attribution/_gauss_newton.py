@@ -8,6 +8,7 @@ import torch
 import xarray as xr
 
 from bayesinf._task import Task
+from bayesinf.attribution._needs import GRADIENTS, dense_matrix, likelihood_part
 from bayesinf.attribution._pairwise import Attribution, require_damping, score
 from bayesinf.attribution._registry import register
 from bayesinf.attribution._scoring import Scoring, resolve
@@ -19,7 +20,21 @@ from bayesinf.curvature._sources import GradientSource
 __all__ = ["gauss_newton"]
 
 
-@register("influence", "exact generalised Gauss–Newton matrix, small networks")
+def _side(task: Task) -> int:
+    """Of the smaller matrix: parameters, or a row for each output of each example."""
+    if not hasattr(task.likelihood, "fisher_factor"):
+        return task.dimension
+    batch = task.train.batch(slice(0, 1))
+    with torch.no_grad():
+        rows = len(task.likelihood.fisher_factor(task.outputs(task.params, batch), batch[1]))
+    return min(task.dimension, task.n * rows)
+
+
+@register(
+    "influence",
+    "exact generalised Gauss–Newton matrix, small networks",
+    needs=(*GRADIENTS, likelihood_part("fisher_factor"), dense_matrix(2, _side)),
+)
 def gauss_newton(
     task: Task,
     *,

@@ -7,6 +7,7 @@ from typing import Unpack
 import xarray as xr
 
 from bayesinf._task import Task
+from bayesinf.attribution._needs import GRADIENTS
 from bayesinf.attribution._pairwise import Attribution, score
 from bayesinf.attribution._registry import register
 from bayesinf.attribution._scoring import Scoring, resolve
@@ -17,7 +18,7 @@ from bayesinf.curvature._sources import GradientSource
 __all__ = ["grad_cos"]
 
 
-@register("similarity", "cosine between gradients")
+@register("similarity", "cosine between gradients", needs=GRADIENTS)
 def grad_cos(task: Task, **scoring: Unpack[Scoring]) -> xr.Dataset:
     r"""Negative cosines ``−∇φ_qᵀ∇ℓ_t / (‖∇φ_q‖ ‖∇ℓ_t‖)`` over all selected parameters.
 

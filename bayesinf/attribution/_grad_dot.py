@@ -7,6 +7,7 @@ from typing import Unpack
 import xarray as xr
 
 from bayesinf._task import Task
+from bayesinf.attribution._needs import GRADIENTS
 from bayesinf.attribution._pairwise import Attribution, score
 from bayesinf.attribution._registry import register
 from bayesinf.attribution._scoring import Scoring, resolve
@@ -17,7 +18,7 @@ from bayesinf.curvature._sources import GradientSource
 __all__ = ["grad_dot"]
 
 
-@register("similarity", "inner product of gradients")
+@register("similarity", "inner product of gradients", needs=GRADIENTS)
 def grad_dot(task: Task, **scoring: Unpack[Scoring]) -> xr.Dataset:
     r"""Negative inner products ``−∇φ_qᵀ ∇ℓ_t`` over all selected parameters.
 

@@ -8,6 +8,7 @@ import torch
 import xarray as xr
 
 from bayesinf._task import Task
+from bayesinf.attribution._needs import GRADIENTS, dense_matrix
 from bayesinf.attribution._pairwise import Attribution, require_damping, score
 from bayesinf.attribution._registry import register
 from bayesinf.attribution._scoring import Scoring, resolve
@@ -19,7 +20,11 @@ from bayesinf.curvature._sources import GradientSource
 __all__ = ["hessian"]
 
 
-@register("influence", "exact Hessian of the mean loss, small networks")
+@register(
+    "influence",
+    "exact Hessian of the mean loss, small networks",
+    needs=(*GRADIENTS, dense_matrix(4, lambda task: task.dimension)),
+)
 def hessian(
     task: Task,
     *,

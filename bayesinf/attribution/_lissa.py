@@ -8,6 +8,7 @@ from typing import Any, Unpack
 import xarray as xr
 
 from bayesinf._task import Task
+from bayesinf.attribution._needs import GAUSS_NEWTON_PRODUCTS
 from bayesinf.attribution._pairwise import require_damping
 from bayesinf.attribution._registry import register
 from bayesinf.attribution._scoring import Scoring, resolve
@@ -18,7 +19,11 @@ from bayesinf.curvature._accounting import Costs
 __all__ = ["lissa"]
 
 
-@register("influence", "exact curvature by the (stochastic) Neumann series")
+@register(
+    "influence",
+    "exact curvature by the (stochastic) Neumann series",
+    needs=GAUSS_NEWTON_PRODUCTS,
+)
 def lissa(
     task: Task,
     *,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from bayesinf._data import Batch
 from bayesinf._scores import make_scores
 from bayesinf._task import Task
+from bayesinf.attribution._needs import LINEAR_LAYER
 from bayesinf.attribution._registry import register
 from bayesinf.curvature._accounting import Costs
 from bayesinf.curvature._sources import token_grid
@@ -20,7 +21,7 @@ from bayesinf.curvature._sources import token_grid
 __all__ = ["representation_similarity"]
 
 
-@register("similarity", "cosine of hidden states")
+@register("similarity", "cosine of hidden states", needs=(LINEAR_LAYER,))
 def representation_similarity(
     task: Task, *, module: str | None = None, batch_size: int = 256
 ) -> xr.Dataset:

@@ -16,6 +16,7 @@ from scipy import sparse
 
 from bayesinf._scores import make_scores
 from bayesinf._task import Task
+from bayesinf.attribution._needs import TOKEN_IDS
 from bayesinf.attribution._registry import register
 from bayesinf.curvature._accounting import Costs
 from bayesinf.curvature._sources import token_grid
@@ -23,7 +24,7 @@ from bayesinf.curvature._sources import token_grid
 __all__ = ["bm25", "tf_idf"]
 
 
-@register("similarity", "words in common, rare ones first (BM25)")
+@register("similarity", "words in common, rare ones first (BM25)", needs=(TOKEN_IDS,))
 def bm25(task: Task, *, k1: float = 1.5, b: float = 0.75) -> xr.Dataset:
     r"""Negative BM25 of training sequences for each query, on token ids.
 
@@ -75,7 +76,7 @@ def bm25(task: Task, *, k1: float = 1.5, b: float = 0.75) -> xr.Dataset:
     return _scores(task, "bm25", similarity, {"k1": k1, "b": b})
 
 
-@register("similarity", "cosine of word counts, rare ones weighted up (TF-IDF)")
+@register("similarity", "cosine of word counts, rare ones weighted up (TF-IDF)", needs=(TOKEN_IDS,))
 def tf_idf(task: Task) -> xr.Dataset:
     r"""Negative cosine of TF-IDF vectors of token ids.
 
