@@ -2,6 +2,7 @@ r"""Per-example (or per-token) gradients and Gauss–Newton rows of a task, laye
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Literal, Self
 
@@ -16,7 +17,9 @@ from bayesinf._task import Measurement, Task
 from bayesinf.curvature._accounting import Costs
 from bayesinf.curvature._capture import Capture, Record, each_example, require_finite
 from bayesinf.curvature._layers import Layer
+from bayesinf.curvature._passes import Fisher, Passes
 from bayesinf.curvature._rows import Explicit, Rows, flat_rows, stack
+from bayesinf.curvature._spool import Spool
 
 __all__ = ["GradientSource", "Tokens", "token_grid"]
 
@@ -119,6 +122,26 @@ class GradientSource:
         for layer, entry in zip(self.layers, rows, strict=True):
             require_finite(entry, layer.name, self.task.train.ids[where], "train")
         return rows
+
+    def fisher_rows(self, fisher: Fisher, *, seed: int, batch_size: int) -> Iterator[list[Rows]]:
+        """Rows ``(B, 1)`` of train gradients whose squares sum to ``n`` times a Fisher matrix.
+
+        Batch after batch, and within a batch one backward pass after another: one for each output
+        direction, or one at drawn or given labels.
+
+        Parameters
+        ----------
+        fisher
+            Whose labels, as for :func:`bayesinf.fit_curvature`.
+        seed
+            Of drawn labels, one generator an example.
+        batch_size
+            Examples at a time.
+        """
+        with Spool(0) as unused:
+            for _, pulls in Passes(self._capture, fisher, 1, seed, batch_size, unused):
+                for _, pull in pulls:
+                    yield pull
 
     def flat(self, rows: list[Rows]) -> Tensor:
         """Whole rows ``(B·K, d)`` in the order of :meth:`Task.flatten`."""
