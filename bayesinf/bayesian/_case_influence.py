@@ -25,7 +25,7 @@ def case_influence(
     group: str = "posterior",
     quantities: Quantities | None = None,
     sample_dims: str | Sequence[str] | None = None,
-    log_likelihood_var_name: str | None = None,
+    log_likelihood_var_name: str | Sequence[str] | None = None,
     center: Literal["auto", "grand", "chain"] = "auto",
 ) -> xr.Dataset:
     r"""Signed influence of every observation on posterior means, with its Monte-Carlo error.
@@ -56,7 +56,8 @@ def case_influence(
     sample_dims
         Chain and draw; default ``("chain", "draw")``. One name: draws of one chain.
     log_likelihood_var_name
-        Which variable of ``log_likelihood``, where there are several.
+        Which variables of the group ``log_likelihood``; all by default. Observations of several
+        stand one after the other, labelled as ``y[3]``, with the coordinate ``likelihood (train)``.
     center
         ``"grand"``: on the mean over all chains; ``"chain"``: on each chain's own. ``"auto"``:
         grand unless R-hat says that chains have not met.
@@ -117,7 +118,7 @@ def case_influence(
             "posterior_mean": (("query",), phi.values.mean(axis=(0, 1))),
             "posterior_sd": (("query",), phi.values.std(axis=(0, 1), ddof=1)),
         },
-        {"query": phi.labels, "train": cases.labels},
+        {"query": phi.labels, **cases.coords("train")},
         "case_influence",
         "influence",
         {

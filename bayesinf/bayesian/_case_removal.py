@@ -36,7 +36,7 @@ def case_removal(
     group: str = "posterior",
     quantities: Quantities | None = None,
     sample_dims: str | Sequence[str] | None = None,
-    log_likelihood_var_name: str | None = None,
+    log_likelihood_var_name: str | Sequence[str] | None = None,
 ) -> xr.Dataset:
     r"""Change of posterior means when observations, or groups of them, are left out.
 

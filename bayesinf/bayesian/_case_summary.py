@@ -27,7 +27,7 @@ def case_summary(
     *,
     quantities: Quantities | None = None,
     sample_dims: str | Sequence[str] | None = None,
-    log_likelihood_var_name: str | None = None,
+    log_likelihood_var_name: str | Sequence[str] | None = None,
 ) -> xr.Dataset:
     r"""What is known of every observation; ``.to_dataframe()`` makes the table.
 
@@ -77,7 +77,8 @@ def case_summary(
         sample_dims=sample_dims,
         log_likelihood_var_name=log_likelihood_var_name,
     )
-    log_p = read_log_likelihood(data, log_likelihood_var_name, sample_dims).values
+    cases = read_log_likelihood(data, log_likelihood_var_name, sample_dims)
+    log_p = cases.values
     draws = log_p.shape[0] * log_p.shape[1]
     variance, error, freedom = variances(log_p, influence.attrs["center"])
     lppd = logsumexp(log_p, axis=(0, 1)) - np.log(draws)
@@ -98,7 +99,7 @@ def case_summary(
     }
     return xr.Dataset(
         {name: ("train", column) for name, column in columns.items()},
-        coords={"train": influence["train"].values},
+        coords=cases.coords("train"),
         attrs={
             "method": "case_summary",
             "elpd_waic": float(elpd.sum()),

@@ -20,10 +20,19 @@ SAMPLE_DIMS = ("chain", "draw")
 
 @dataclass(frozen=True)
 class Draws:
-    """``values (C, T, n)`` in float64 and their ``labels (n,)``, as ids of scores have them."""
+    """``values (C, T, n)`` in float64 and their ``labels (n,)``, as ids of scores have them.
+
+    ``variables (n,)``: of several observed variables the one that each column is of.
+    """
 
     values: np.ndarray
     labels: np.ndarray
+    variables: np.ndarray | None = None
+
+    def coords(self, dim: str) -> dict[str, Any]:
+        """Coordinates of ``dim``: labels and, of several variables, ``likelihood (dim)``."""
+        found: dict[str, Any] = {dim: self.labels}
+        return found if self.variables is None else found | {"likelihood": (dim, self.variables)}
 
 
 def read_tree(data: Any) -> xr.DataTree:
@@ -49,7 +58,7 @@ def read_tree(data: Any) -> xr.DataTree:
 
 def read_log_likelihood(
     data: Any,
-    log_likelihood_var_name: str | None = None,
+    log_likelihood_var_name: str | Sequence[str] | None = None,
     sample_dims: str | Sequence[str] | None = None,
 ) -> Draws:
     """Pointwise log-likelihoods, one column per observation.
@@ -59,7 +68,7 @@ def read_log_likelihood(
     data
         What ArviZ reads.
     log_likelihood_var_name
-        Of the group ``log_likelihood``; needed where it has several variables.
+        Variables of the group ``log_likelihood``, one or several; all by default.
     sample_dims
         Chain and draw, or the one dimension of draws; default ``("chain", "draw")``.
 
@@ -67,37 +76,50 @@ def read_log_likelihood(
     -------
     Draws
         Labels are the coordinate of the observations; with several dimensions, their coordinates
-        joined by commas.
+        joined by commas. Of several variables the observations stand one after the other, labelled
+        as ``y[3]``.
 
     Raises
     ------
     KeyError
         If there is no such group or variable.
     ValueError
-        If there are several variables and none is named, dimensions of draws are missing, the
-        log-likelihood is not pointwise, or a value is not finite.
+        If dimensions of draws are missing, a log-likelihood is not pointwise, or a value is not
+        finite.
     """
-    tree = read_tree(data)
-    dataset = _group(tree, "log_likelihood")
+    dataset = _group(read_tree(data), "log_likelihood")
     names = [str(name) for name in dataset.data_vars]
-    if log_likelihood_var_name is None:
-        if len(names) != 1:
-            raise ValueError(
-                f"the group log_likelihood has the variables {names}: say which one with "
-                f"log_likelihood_var_name=."
-            )
-        log_likelihood_var_name = names[0]
-    if log_likelihood_var_name not in names:
+    wanted = log_likelihood_var_name
+    chosen = [wanted] if isinstance(wanted, str) else names if wanted is None else list(wanted)
+    unknown = [name for name in chosen if name not in names]
+    if unknown or not chosen or len(set(chosen)) < len(chosen):
         raise KeyError(
-            f"the group log_likelihood has no variable {log_likelihood_var_name!r}; it has {names}."
+            f"the group log_likelihood has no variable {unknown[0]!r}; it has {names}."
+            if unknown
+            else f"log_likelihood_var_name= must name variables of {names}, each once; got "
+            f"{chosen}."
         )
-    array = dataset[log_likelihood_var_name]
-    values, labels = _flat(array, f"log_likelihood {log_likelihood_var_name}", sample_dims)
+    found = [_pointwise(dataset[name], name, sample_dims) for name in chosen]
+    if len(found) == 1:
+        return found[0]
+    ids = [f"{n}[{x}]" for n, d in zip(chosen, found, strict=True) for x in d.labels.tolist()]
+    of = np.repeat(chosen, [len(draws.labels) for draws in found])
+    return Draws(
+        np.concatenate([draws.values for draws in found], axis=2),
+        text_labels(np.array(ids, dtype=object)),
+        text_labels(of),
+    )
+
+
+def _pointwise(array: xr.DataArray, name: str, sample_dims: str | Sequence[str] | None) -> Draws:
+    """Draws of one variable of the group ``log_likelihood``."""
+    values, labels = _flat(array, f"log_likelihood {name}", sample_dims)
     if labels is None:
         raise ValueError(
-            f"log_likelihood {log_likelihood_var_name} has dims {array.dims}: one number per draw, "
-            f"as of a joint log-likelihood. Influence of cases needs one per observation: keep the "
-            f"log density of each observation apart instead of their sum."
+            f"log_likelihood {name} has dims {array.dims}: one number per draw, as of a joint "
+            f"log-likelihood. Influence of cases needs one per observation: keep the log density "
+            f"of each observation apart instead of their sum, or leave this variable out by "
+            f"log_likelihood_var_name=."
         )
     ids = labels if labels.dtype.kind in "iu" else np.array([str(x) for x in labels], dtype=object)
     return Draws(values, text_labels(ids))

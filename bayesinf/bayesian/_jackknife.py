@@ -21,7 +21,7 @@ def infinitesimal_jackknife(
     *,
     quantities: Quantities | None = None,
     sample_dims: str | Sequence[str] | None = None,
-    log_likelihood_var_name: str | None = None,
+    log_likelihood_var_name: str | Sequence[str] | None = None,
 ) -> xr.Dataset:
     r"""How far posterior means would scatter over new data sets, by the Bayesian jackknife.
 

@@ -1,4 +1,4 @@
-"""The covariance matrix of log-likelihoods: its spectrum, a map of the data, new points."""
+"""The covariance matrix of log-likelihoods: its spectrum, its pivots, a map of the data."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ from bayesinf._scores import versions
 from bayesinf.attribution._self_variance import variances
 from bayesinf.bayesian._draws import Draws, read_log_likelihood
 
-__all__ = ["anomaly_scores", "loss_map", "w_kernel"]
+__all__ = ["centred", "loss_map", "representative_cases", "standardised", "w_kernel"]
+
+_RANK = 1e-12
+"""Of the largest variance: what is left below it is rounding."""
 
 
 def w_kernel(
     data: Any,
     *,
     sample_dims: str | Sequence[str] | None = None,
-    log_likelihood_var_name: str | None = None,
+    log_likelihood_var_name: str | Sequence[str] | None = None,
 ) -> xr.Dataset:
     r"""Spectrum of the covariance matrix ``W_ij = Cov(log p_i, log p_j)``.
 
@@ -57,14 +60,13 @@ def w_kernel(
     Iba 2023 (arXiv 2311.13017).
     """
     draws = read_log_likelihood(data, log_likelihood_var_name, sample_dims)
-    centred = _moving(draws)
-    flat = centred.reshape(-1, centred.shape[2])
-    root = flat / np.sqrt(len(flat) - 1)
+    moving = centred(draws)
+    root = _root(moving)
     _, singular, vectors = np.linalg.svd(root, full_matrices=False)
-    kept = min(len(singular), len(flat) - 1)
+    kept = min(len(singular), len(root) - 1)
     eigenvalue, vectors = singular[:kept] ** 2, vectors[:kept].T
     vectors = vectors * np.where(vectors.sum(axis=0) < 0, -1.0, 1.0)
-    _, error, freedom = variances(centred @ vectors, "grand")
+    _, error, freedom = variances(moving @ vectors, "grand")
     return xr.Dataset(
         {
             "covariance": (("train", "train_other"), root.T @ root),
@@ -72,7 +74,11 @@ def w_kernel(
             "mcse": ("component", error),
             "eigenvector": (("train", "component"), vectors),
         },
-        coords={"train": draws.labels, "train_other": draws.labels, "component": np.arange(kept)},
+        coords={
+            **draws.coords("train"),
+            "train_other": draws.labels,
+            "component": np.arange(kept),
+        },
         attrs={
             "method": "w_kernel",
             "functional_variance": float(eigenvalue.sum()),
@@ -83,12 +89,89 @@ def w_kernel(
     )
 
 
+def representative_cases(
+    data: Any,
+    k: int,
+    *,
+    sample_dims: str | Sequence[str] | None = None,
+    log_likelihood_var_name: str | Sequence[str] | None = None,
+) -> xr.Dataset:
+    r"""Few observations that stand for all: pivots of an incomplete Cholesky factorisation of W.
+
+    .. math:: W \approx L L^\top, \qquad L\ (n, k)
+
+    Each step takes the observation of which the ones before tell least, by the variance of its log
+    p that is left, so that observations which say the same are taken once. W itself is never
+    formed: the cost is k products of the draws with one column.
+
+    Parameters
+    ----------
+    data, sample_dims, log_likelihood_var_name
+        As of :func:`case_influence`.
+    k
+        How many observations, at most; fewer where W has a lower rank.
+
+    Returns
+    -------
+    xr.Dataset
+        Dim ``component``, in the order taken: ``representative``, the observation, and
+        ``remaining``, the share of the functional variance (the trace of W) that it and those
+        before leave; ``factor (train, component)``, L.
+
+    Raises
+    ------
+    KeyError
+        If the group or variable is missing.
+    TypeError
+        If ArviZ does not read the data.
+    ValueError
+        If ``k`` is not from 1 to the number of observations, shapes do not fit, a value is not
+        finite, or no log-likelihood varies.
+
+    Notes
+    -----
+    Iba 2023 (arXiv 2311.13017), section on incomplete Cholesky decomposition; Fine and Scheinberg
+    2001.
+    """
+    draws = read_log_likelihood(data, log_likelihood_var_name, sample_dims)
+    n = len(draws.labels)
+    if not 1 <= k <= n:
+        raise ValueError(f"k must be from 1 to the number of observations, {n}; got {k}.")
+    root = _root(centred(draws))
+    left = (root**2).sum(axis=0)
+    total, largest = left.sum(), left.max()
+    factor, pivots, remaining = np.zeros((n, k)), list[int](), list[float]()
+    for step in range(k):
+        pivot = int(left.argmax())
+        if left[pivot] <= _RANK * largest:
+            break
+        column = root.T @ root[:, pivot] - factor[:, :step] @ factor[pivot, :step]
+        factor[:, step] = column / np.sqrt(left[pivot])
+        left = np.clip(left - factor[:, step] ** 2, 0, None)
+        left[pivot] = 0
+        pivots.append(pivot)
+        remaining.append(left.sum() / total)
+    return xr.Dataset(
+        {
+            "representative": ("component", draws.labels[pivots]),
+            "remaining": ("component", np.array(remaining)),
+            "factor": (("train", "component"), factor[:, : len(pivots)]),
+        },
+        coords={**draws.coords("train"), "component": np.arange(len(pivots))},
+        attrs={
+            "method": "representative_cases",
+            "functional_variance": float(total),
+            **versions(),
+        },
+    )
+
+
 def loss_map(
     data: Any,
     *,
     clusters: int | None = None,
     sample_dims: str | Sequence[str] | None = None,
-    log_likelihood_var_name: str | None = None,
+    log_likelihood_var_name: str | Sequence[str] | None = None,
 ) -> xr.Dataset:
     r"""A map of the observations: near each other are those whose losses move together.
 
@@ -127,7 +210,7 @@ def loss_map(
             f"a map needs 3 observations or more, and clusters from 1 to their number; got {n} "
             f"observations and clusters={clusters}."
         )
-    unit = _standard(draws)
+    unit = standardised(draws)
     correlation = np.clip(unit.T @ unit, -1, 1)
     middle = correlation - correlation.mean(axis=0) - correlation.mean(axis=1, keepdims=True)
     values, vectors = np.linalg.eigh(middle + correlation.mean())
@@ -139,7 +222,7 @@ def loss_map(
             "embedding": (("train", "axis"), lead * np.sqrt(values[:2])),
             "share": ("axis", values[:2] / values.sum()),
         },
-        coords={"train": draws.labels, "train_other": draws.labels, "axis": [0, 1]},
+        coords={**draws.coords("train"), "train_other": draws.labels, "axis": [0, 1]},
         attrs={"method": "loss_map", **versions()},
     )
     if clusters is not None:
@@ -153,87 +236,22 @@ def loss_map(
     return found
 
 
-def anomaly_scores(
-    data: Any,
-    new: Any,
-    *,
-    sample_dims: str | Sequence[str] | None = None,
-    log_likelihood_var_name: str | None = None,
-) -> xr.Dataset:
-    r"""How little new points behave like trusted ones, from log-likelihoods on the same draws.
-
-    .. math:: \rho = \frac{\mathrm{Cov}(a, b)}{\sigma_a \sigma_b}, \qquad
-              \mathrm{ccc} = \frac{2\,\mathrm{Cov}(a, b)}
-                                  {\sigma_a^2 + \sigma_b^2 + (\bar a - \bar b)^2}
-
-    of the log-likelihood ``a`` of a new point with ``b`` of a trusted one. The concordance also
-    asks for the same level and spread.
-
-    Parameters
-    ----------
-    data
-        With the trusted observations in its group ``log_likelihood``.
-    new
-        The same for the new points, of the **same draws**: a ``DataTree``.
-    sample_dims, log_likelihood_var_name
-        As of :func:`case_influence`, of both.
-
-    Returns
-    -------
-    xr.Dataset
-        Dim ``new``: ``value = −mean_concordance``, **high = unlike the trusted set**;
-        ``mean_correlation``, ``max_correlation``, ``mean_concordance``, ``max_concordance``.
-
-    Raises
-    ------
-    KeyError
-        If the group or variable is missing.
-    TypeError
-        If ArviZ does not read the data.
-    ValueError
-        If the draws are not as many, a value is not finite, or a log-likelihood never varies.
-
-    Notes
-    -----
-    Correlation and concordance of traces as an anomaly score: arXiv 2604.18970.
-    """
-    trusted = read_log_likelihood(data, log_likelihood_var_name, sample_dims)
-    fresh = read_log_likelihood(new, log_likelihood_var_name, sample_dims)
-    if trusted.values.shape[:2] != fresh.values.shape[:2]:
-        raise ValueError(
-            f"the trusted log-likelihoods have (chains, draws) = {trusted.values.shape[:2]} and "
-            f"the new ones {fresh.values.shape[:2]}. Evaluate the new points on the very draws of "
-            f"the trusted ones."
-        )
-    correlation = _standard(fresh).T @ _standard(trusted)
-    level = [d.values.mean(axis=(0, 1)) for d in (fresh, trusted)]
-    spread = [d.values.std(axis=(0, 1)) for d in (fresh, trusted)]
-    covariance = correlation * spread[0][:, None] * spread[1]
-    scale = spread[0][:, None] ** 2 + spread[1] ** 2 + (level[0][:, None] - level[1]) ** 2
-    concordance = 2 * covariance / scale
-    columns = {
-        "value": -concordance.mean(axis=1),
-        "mean_correlation": correlation.mean(axis=1),
-        "max_correlation": correlation.max(axis=1),
-        "mean_concordance": concordance.mean(axis=1),
-        "max_concordance": concordance.max(axis=1),
-    }
-    return xr.Dataset(
-        {name: ("new", column) for name, column in columns.items()},
-        coords={"new": fresh.labels},
-        attrs={"method": "anomaly_scores", "high": "unlike the trusted set", **versions()},
-    )
-
-
-def _moving(draws: Draws) -> np.ndarray:
+def centred(draws: Draws) -> np.ndarray:
     """Log-likelihoods less their means; refuses those of which none varies."""
-    centred: np.ndarray = draws.values - draws.values.mean(axis=(0, 1))
     if not np.ptp(draws.values, axis=(0, 1)).any():
         raise ValueError("no log-likelihood varies over the draws, so that there is no covariance.")
-    return centred
+    moving: np.ndarray = draws.values - draws.values.mean(axis=(0, 1))
+    return moving
 
 
-def _standard(draws: Draws) -> np.ndarray:
+def _root(moving: np.ndarray) -> np.ndarray:
+    """``(C·T, n)``, whose Gram matrix is the covariance."""
+    flat = moving.reshape(-1, moving.shape[2])
+    root: np.ndarray = flat / np.sqrt(len(flat) - 1)
+    return root
+
+
+def standardised(draws: Draws) -> np.ndarray:
     """``(C·T, n)``: centred columns of length 1."""
     still = np.ptp(draws.values, axis=(0, 1)) == 0
     if still.any():
@@ -241,6 +259,6 @@ def _standard(draws: Draws) -> np.ndarray:
             f"a correlation needs log-likelihoods that vary, and {int(still.sum())} never do, "
             f"first that of {draws.labels[still][0]}. Leave these observations out with .sel()."
         )
-    flat = _moving(draws).reshape(-1, len(draws.labels))
+    flat = centred(draws).reshape(-1, len(draws.labels))
     unit: np.ndarray = flat / np.sqrt((flat**2).sum(axis=0))
     return unit

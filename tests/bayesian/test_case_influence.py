@@ -8,7 +8,7 @@ import xarray as xr
 from scipy import stats
 
 import bayesinf as bi
-from bayesinf.bayesian import case_influence
+from bayesinf.bayesian import case_influence, case_removal, case_summary
 from bayesinf.bayesian._cumulants import third_cumulant
 from tests.bayesian.closed_forms import LinearRegression, normal_mean, regression
 from tests.test_imports import MODULES, closure, roots
@@ -179,6 +179,47 @@ def test_trees_of_numpyro_and_pymc_give_the_same() -> None:
     assert first["train"].values[3] == 3
 
 
+def two_outcomes() -> tuple[LinearRegression, xr.DataTree]:
+    """PyMC's tree of a model with two observed variables, of other sizes, and the whole model."""
+    model = MODELS["regression"]
+    w = model.draws(0, draws=2000)
+    log_p, dims = model.log_p(w), ("chain", "draw")
+    likelihood = {
+        "y": ((*dims, "school"), log_p[..., :12]),
+        "z": ((*dims, "year", "site"), log_p[..., 12:].reshape(*w.shape[:2], 4, 2)),
+    }
+    coords = {"school": [f"s{i}" for i in range(12)], "year": np.arange(2000, 2004), "site": [0, 1]}
+    return model, xr.DataTree.from_dict(
+        {
+            "posterior": xr.Dataset({"w": ((*dims, "term"), w)}, {"term": ["a", "b", "c"]}),
+            "log_likelihood": xr.Dataset(likelihood, coords),
+        }
+    )
+
+
+def test_observations_of_several_variables_stand_together() -> None:
+    """The very numbers of the model with all 20 observations in one variable."""
+    model, tree = two_outcomes()
+    whole = model.tree(0, draws=2000)
+    found = case_influence(tree)
+    labels = found["train"].values.tolist()
+    assert labels[:2] == ["y[s0]", "y[s1]"]
+    assert labels[12:15] == ["z[2000, 0]", "z[2000, 1]", "z[2001, 0]"]
+    assert found["likelihood"].values.tolist() == ["y"] * 12 + ["z"] * 8
+    expected = case_influence(whole)
+    for name in ("influence", "mcse", "second_order", "power_scaling"):
+        np.testing.assert_array_equal(found[name], expected[name])
+    one = case_influence(tree, log_likelihood_var_name="z")
+    assert "likelihood" not in one.coords
+    np.testing.assert_allclose(one["influence"], found["influence"][:, 12:], rtol=1e-9)
+    turned = case_influence(tree, log_likelihood_var_name=["z", "y"])
+    assert turned["train"].values.tolist() == labels[12:] + labels[:12]
+    both = case_removal(tree, {"a pair": ["y[s3]", "z[2003, 1]"]})
+    expected = case_removal(whole, {"a pair": [3, 19]})
+    np.testing.assert_array_equal(both["change"], expected["change"])
+    assert case_summary(tree)["likelihood"].values.tolist() == found["likelihood"].values.tolist()
+
+
 def test_old_inference_data_is_converted() -> None:
     tree = MODELS["regression"].tree(0)
 
@@ -217,8 +258,13 @@ def test_errors_teach() -> None:
     bare = xr.DataTree.from_dict({"posterior": tree["posterior"].to_dataset()})
     with pytest.raises(KeyError, match="log_likelihood=True"):
         case_influence(bare)
-    with pytest.raises(ValueError, match=r"log_likelihood_var_name="):
-        case_influence(pymc_like(model))
+    joint = pymc_like(model)
+    joint["log_likelihood"]["total"] = joint["log_likelihood"]["y"].sum("school")
+    with pytest.raises(ValueError, match=r"leave this variable out by log_likelihood_var_name="):
+        case_influence(joint)
+    for names in (["y", "y"], []):
+        with pytest.raises(KeyError, match="each once"):
+            case_influence(joint, log_likelihood_var_name=names)
     with pytest.raises(KeyError, match="no variable 'z'"):
         case_influence(tree, log_likelihood_var_name="z")
     with pytest.raises(KeyError, match="no variable 'z'"):

@@ -158,6 +158,33 @@ def test_points_unlike_the_trusted_ones_score_high() -> None:
     np.testing.assert_allclose(found["max_correlation"].values[1], max(rho), rtol=1e-9)
 
 
+def test_a_new_point_is_held_against_the_class_it_is_most_like() -> None:
+    model = two_groups()
+    x = np.array([[1.0, 0.0], [0.0, 1.0], [-3.0, 0.0]])
+    y = np.array([model.y[0], model.y[9] + 0.05, 9.0])
+    kinds = np.array(["a"] * 8 + ["b"] * 6)
+    new = new_points(model, x, y)
+    found = anomaly_scores(model.tree(0), new, classes=kinds)
+    plain = anomaly_scores(model.tree(0), new)
+    assert found["class"].values.tolist() == ["a", "b"]
+    assert found["nearest_class"].values.tolist()[:2] == ["a", "b"]
+    for name, part in (("a", slice(0, 8)), ("b", slice(8, None))):
+        trusted = model.tree(0)
+        kept = trusted["log_likelihood"].to_dataset().isel(obs=part)
+        alone = anomaly_scores(xr.DataTree.from_dict({"log_likelihood": kept}), new)
+        for kind in ("mean", "max"):
+            for what in ("correlation", "concordance"):
+                own = found[f"class_{kind}_{what}"].sel({"class": name})
+                np.testing.assert_allclose(own, alone[f"{kind}_{what}"], rtol=1e-9)
+    expected = -found["class_mean_concordance"].max("class")
+    np.testing.assert_allclose(found["value"], expected)
+    np.testing.assert_allclose(plain["mean_concordance"], found["mean_concordance"])
+    gap = found["value"].values[2] - found["value"].values[:2].max()
+    assert gap > plain["value"].values[2] - plain["value"].values[:2].max()
+    with pytest.raises(ValueError, match="one class for each of the 14"):
+        anomaly_scores(model.tree(0), new, classes=[0, 1])
+
+
 def test_errors_teach() -> None:
     model = two_groups()
     tree = model.tree(0)
