@@ -6,28 +6,21 @@ import io
 import time
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from bayesinf._accuracy import Watch
-from bayesinf._batching import Batching
 from bayesinf._diagnostics import rhat_of_means
 from bayesinf._disk import StoreError
-from bayesinf._gradient_noise import excess_temperature, warn_of_noise
-from bayesinf._gradients import ChainFunctions
-from bayesinf._observing import Observer, fitting
+from bayesinf._gradient_noise import warn_of_noise
 from bayesinf._plan import Plan
-from bayesinf._posterior import Potential
-from bayesinf._precision import swallowed, warn_of_rounding
-from bayesinf._rng import ChainGenerators, starting_points
+from bayesinf._precision import warn_of_rounding
 from bayesinf._store import Store
-from bayesinf.samplers import State
 
-__all__ = ["DivergenceError", "Run", "divergence_message"]
+__all__ = ["Chains", "DivergenceError", "Run", "divergence_message"]
 
 _COMMIT_SECONDS = 30.0
 
@@ -36,38 +29,80 @@ class DivergenceError(RuntimeError):
     """A chain left the region where its draws mean anything."""
 
 
+class Chains(Protocol):
+    """The ``C`` chains of a run, whatever computes them."""
+
+    step: int
+
+    def start(self) -> None:
+        """Put every chain where it starts."""
+        ...
+
+    def freeze(self) -> None:
+        """Stop whatever adapts."""
+        ...
+
+    def advance(self, steps: int) -> None:
+        """Move every chain by so many steps."""
+        ...
+
+    def finite(self) -> np.ndarray:
+        """``(C,)``: whether the weights are finite."""
+        ...
+
+    def hold(self, chain: int) -> None:
+        """Put a failed chain back to the checkpoint, so that the others' arithmetic is finite."""
+        ...
+
+    def observe(self) -> dict[str, np.ndarray]:
+        """Values ``(C, N)`` of what is recorded, by their names in a store."""
+        ...
+
+    def observe_checkpoint(self) -> dict[str, np.ndarray]:
+        """The same ``(1, N)`` at the checkpoint."""
+        ...
+
+    def statistics(self, loss: np.ndarray | None) -> dict[str, np.ndarray]:
+        """``lp``, ``distance`` and ``acceptance_rate`` ``(C,)``, the last since the last draw.
+
+        ``loss (C,)`` is the mean over all train examples; without it ``lp`` is NaN.
+        """
+        ...
+
+    def checks(self, alive: list[int]) -> dict[str, Any]:
+        """``excess_temperature`` and ``swallowed_perturbations`` of some of the chains."""
+        ...
+
+    def saved(self) -> dict[str, Any]:
+        """Tensors and plain numbers from which :meth:`restore` goes on."""
+        ...
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Go on from what :meth:`saved` gave."""
+        ...
+
+
 class Run:
-    """One call of :func:`sample`: owns the mutable state of the chains."""
+    """One call of :func:`sample`: what becomes of the chains."""
 
     def __init__(
         self,
         plan: Plan,
-        potential: Potential,
+        chains: Chains,
         traces: Store,
         bound: float | None,
         on_divergence: Literal["raise", "drop"],
         max_excess: float,
     ) -> None:
         self.max_excess = max_excess
-        self.plan, self.potential, self.traces = plan, potential, traces
-        self.functions = potential.functions
+        self.plan, self.chains, self.traces = plan, chains, traces
         self.drop = on_divergence == "drop"
-        task = plan.posterior.task
-        at_once = plan.chains if self.functions.vectorize else 1
-        limit = fitting(task, potential.chunk, at_once)
-        self.observers = {group: Observer(plan, group, limit) for group in plan.observed}
-        self.rng = ChainGenerators(plan.seed, plan.chains, task.device)
-        self.batching = Batching(plan.batches, potential, plan.seed, plan.chains)
         self.checks: dict[str, Any] = dict(traces.commit_facts.get("checks", {}))
         self.failed: dict[int, str] = dict(traces.failed)
         self.spent = float(traces.commit_facts.get("seconds", 0.0))  # by earlier calls
         self.began = time.perf_counter()
-        self.step = 0
-        self.state: State = {}
-        self.acceptance: list[Tensor] = []  # of each step since the last draw
-        self.starts_with_gradient = False
         self.bound = self._default_bound() if bound is None else bound
-        self.full_train = len(plan.observed["train"]) == task.n
+        self.full_train = len(plan.observed["train"]) == plan.posterior.task.n
 
     def _default_bound(self) -> float:
         p = self.plan.posterior
@@ -77,7 +112,7 @@ class Run:
     @cached_property
     def _loss_at_checkpoint(self) -> float:
         """Mean over the observed train examples."""
-        values = self._observe(self.potential.center[None], once=True)
+        values = self.chains.observe_checkpoint()
         return float(self._train_losses(values).mean(dtype=np.float64))
 
     # ------------------------------------------------------------------ the run
@@ -86,11 +121,11 @@ class Run:
         if self.traces.payload:
             self._restore(self.traces.payload)
         else:
-            self._start()
-        total = self.plan.warmup + draws * self.plan.thin
-        bar = tqdm(total=total, initial=self.step, disable=not progress, desc="sample", leave=False)
+            self.chains.start()
+        total, done = self.plan.warmup + draws * self.plan.thin, self.chains.step
+        bar = tqdm(total=total, initial=done, disable=not progress, desc="sample", leave=False)
         with bar:
-            if self.step < self.plan.warmup:
+            if self.chains.step < self.plan.warmup:
                 self._warm_up(bar)
             self._check()
             buffer = _Buffer(self.traces.chunk_draws)
@@ -109,80 +144,43 @@ class Run:
                     if ask and watch.enough(self.traces):
                         break
 
-    def _start(self) -> None:
-        plan = self.plan
-        start = starting_points(
-            self.potential.center, plan.chains, plan.superchains, plan.spread, plan.seed
-        )
-        self.state = plan.sampler.init(start, self.rng)
-
     def _warm_up(self, bar: tqdm[Any]) -> None:
         block = 50
-        while self.step < self.plan.warmup:
-            self._advance(min(block, self.plan.warmup - self.step), bar)
-            bad = ~torch.isfinite(self.state["position"]).all(dim=1).cpu().numpy()
-            self._stop_chains(bad, "its weights are not finite")
-        self.state = self.plan.sampler.freeze(self.state)
+        while self.chains.step < self.plan.warmup:
+            self._advance(min(block, self.plan.warmup - self.chains.step), bar)
+            self._stop_chains(~self.chains.finite(), "its weights are not finite")
+        self.chains.freeze()
         self._commit(_Buffer())
 
     def _check(self) -> None:
         """Measure once what may spoil every draw, and warn at every call."""
-        task, position = self.plan.posterior.task, self.state["position"]
         if not self.checks:
             alive = [c for c in range(self.plan.chains) if c not in self.failed]
-            excess = excess_temperature(self.plan.sampler, self.batching, self.state, alive)
             self.checks = {
-                "excess_temperature": excess,
-                "swallowed_perturbations": swallowed(task, position[alive]),
+                **self.chains.checks(alive),
                 "loss_at_checkpoint": self._loss_at_checkpoint,
             }
-        warn_of_noise(self.checks["excess_temperature"], self.max_excess, stacklevel=4)
-        warn_of_rounding(self.checks["swallowed_perturbations"], task, stacklevel=4)
+        warn_of_noise(self.checks["excess_temperature"], self.max_excess, stacklevel=5)
+        task = self.plan.posterior.task
+        warn_of_rounding(self.checks["swallowed_perturbations"], task, stacklevel=5)
 
     def _advance(self, steps: int, bar: tqdm[Any]) -> None:
-        if self.step == 0 and self.plan.warmup == 0:
-            self.state = self.plan.sampler.freeze(self.state)
-        self.acceptance = []
-        for _ in range(steps):
-            start = self.state["position"]
-            batch = self.batching.at(self.step, start)
-            potential = self.batching.potential
-            potential.first_evaluated = None
-            self.state, info = self.plan.sampler.step(self.state, potential, batch, self.rng)
-            self.starts_with_gradient = potential.first_evaluated is start
-            if "acceptance" in info:
-                self.acceptance.append(info["acceptance"])
-            self.step += 1
+        if self.chains.step == 0 and self.plan.warmup == 0:
+            self.chains.freeze()
+        self.chains.advance(steps)
         bar.update(steps)
 
     # ------------------------------------------------------------------ observing
-
-    def _observe(self, position: Tensor, *, once: bool = False) -> dict[str, np.ndarray]:
-        functions = ChainFunctions(self.plan.posterior.task, False) if once else self.functions
-        out: dict[str, np.ndarray] = {}
-        for group, observer in self.observers.items():
-            if group == "train" and not once and self._losses_come_with_gradient(position):
-                losses = self.batching.potential.evaluate(position)[1]
-                out["train/loss"] = losses.float().cpu().numpy()
-            else:
-                out.update(observer(functions, position))
-        return out
 
     def _train_losses(self, values: dict[str, np.ndarray]) -> np.ndarray:
         """Losses ``(C, n)`` of the observed train examples, sums over tokens where these are."""
         axis = self.plan.axis("train")
         return axis.sums(values[f"{axis.dim}/loss"])
 
-    def _losses_come_with_gradient(self, position: Tensor) -> bool:
-        """Whether the full-batch gradient at ``position`` is known, or the next step's first."""
-        known = self.starts_with_gradient or self.batching.potential.evaluated(position)
-        return self.observers["train"].whole and known
-
     def _record(self) -> dict[str, np.ndarray]:
-        position = self.state["position"]
-        values = self._observe(position)
+        values = self.chains.observe()
         loss = self._train_losses(values).mean(1, dtype=np.float64)
-        lost = ~torch.isfinite(position).all(dim=1).cpu().numpy()
+        lost = ~self.chains.finite()
         self._stop_chains(lost, "its weights are not finite")
         for name, array in values.items():
             for c in np.flatnonzero(~np.isfinite(array).all(axis=1)):
@@ -191,12 +189,9 @@ class Run:
             self._stop_chains(
                 loss > self.bound, f"its mean loss exceeded the bound {self.bound:.4g}"
             )
-        delta = position - self.potential.center
         stats = {
-            "lp": self._lp(position, loss),
+            **self.chains.statistics(loss if self.full_train else None),
             "step_size": np.full(self.plan.chains, self.plan.sampler.step_size),
-            "distance": delta.norm(dim=1).double().cpu().numpy(),
-            "acceptance_rate": self._acceptance(),
         }
         dead = np.array([c in self.failed for c in range(self.plan.chains)])
         for name, array in {**values, **stats}.items():
@@ -204,12 +199,6 @@ class Run:
             values[name if "/" in name else f"sample_stats/{name}"] = array
         values["sample_stats/diverging"] = dead
         return values
-
-    def _acceptance(self) -> np.ndarray:
-        """Mean probability of acceptance of the steps since the last draw."""
-        if not self.acceptance:
-            return np.full(self.plan.chains, np.nan)
-        return torch.stack(self.acceptance).mean(0).double().cpu().numpy()
 
     def _blame(self, name: str, row: np.ndarray) -> str:
         """Name the first example, or token, whose value is not finite in a chain."""
@@ -225,20 +214,13 @@ class Run:
             f"{word} of example {axis.ids[first : first + 1].tolist()[0]!r} is not finite"
         )
 
-    def _lp(self, position: Tensor, loss: np.ndarray) -> np.ndarray:
-        """Log density, up to a constant; NaN where only a part of the train set is observed."""
-        if not self.full_train:
-            return np.full(self.plan.chains, np.nan)
-        mean = torch.from_numpy(loss).to(position)
-        return -self.potential.value_of_loss(position, mean).double().cpu().numpy()
-
     # ------------------------------------------------------------------ failure
 
     def _stop_chains(self, bad: np.ndarray, why: str) -> None:
         new = [c for c in np.flatnonzero(bad).tolist() if c not in self.failed]
         for c in new:
-            self.failed[c] = f"{why} at step {self.step}"
-            self.state["position"][c] = self.potential.center  # keep the others' arithmetic finite
+            self.failed[c] = f"{why} at step {self.chains.step}"
+            self.chains.hold(c)
         if not new:
             return
         if not self.drop or len(self.failed) == self.plan.chains:
@@ -263,25 +245,15 @@ class Run:
 
     def _payload(self) -> bytes:
         file = io.BytesIO()
-        saved = {
-            "step": self.step,
-            "state": self.state,
-            "rng": self.rng.get_state(),
-            "anchors": self.batching.state(),
-        }
-        torch.save(saved, file)
+        torch.save({"step": self.chains.step, **self.chains.saved()}, file)
         return file.getvalue()
 
     def _restore(self, payload: bytes) -> None:
-        saved = torch.load(
-            io.BytesIO(payload), weights_only=True, map_location=self.potential.center.device
-        )
-        self.step, self.state = int(saved["step"]), saved["state"]
-        self.rng.set_state(saved["rng"])
-        self.batching.restore(saved["anchors"])
+        saved = torch.load(io.BytesIO(payload), weights_only=True, map_location="cpu")
         expected = self.plan.warmup + self.traces.draws * self.plan.thin
-        if self.step != expected:
-            raise StoreError(f"the commit is at step {self.step}, its draws end at {expected}.")
+        if int(saved["step"]) != expected:
+            raise StoreError(f"the commit is at step {saved['step']}, its draws end at {expected}.")
+        self.chains.restore(saved)
 
 
 class _Buffer:

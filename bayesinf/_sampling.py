@@ -15,14 +15,15 @@ from bayesinf._batching import Batches
 from bayesinf._chains import FailedChainsWarning
 from bayesinf._plan import Plan
 from bayesinf._posterior import LocalPosterior
-from bayesinf._run import DivergenceError, Run, divergence_message
+from bayesinf._run import Chains, DivergenceError, Run, divergence_message
 from bayesinf._store import Store
 from bayesinf._streaming import StreamingCovariance
 from bayesinf._task import Measurement
+from bayesinf._torch_chains import TorchChains
 from bayesinf._traces import TraceStore
 from bayesinf.samplers import Sampler
 
-__all__ = ["sample"]
+__all__ = ["drive", "sample"]
 
 _Store = TypeVar("_Store", bound=Store)
 
@@ -160,15 +161,41 @@ def sample(
         posterior, sampler, draws, warmup, chains, thin, batch_size, seed, superchains, jitter,
         observe, measurements, tokens,
     )  # fmt: skip
-    traces = _prepare_store(store, plan, draws)
+
+    def make() -> Chains:
+        return TorchChains(plan, posterior.bind(vectorize=vectorize, chunk_size=chunk_size))
+
+    return drive(
+        plan, make, draws=draws, store=store, until=until, divergence_bound=divergence_bound,
+        on_divergence=on_divergence, max_excess=max_excess, progress=progress,
+    )  # fmt: skip
+
+
+def drive(
+    plan: Plan,
+    make: Callable[[], Chains],
+    *,
+    draws: int,
+    store: str | os.PathLike[str] | _Store | None,
+    until: Until | Callable[[Store], bool] | None,
+    divergence_bound: float | None,
+    on_divergence: Literal["raise", "drop"],
+    max_excess: float,
+    progress: bool,
+) -> TraceStore | _Store:
+    """Bring a store to ``draws`` draws of a plan with the chains that ``make`` gives.
+
+    Everything else is as of :func:`sample`, which the warnings' ``stacklevel`` takes for the
+    caller's callee.
+    """
+    traces = prepare_store(store, plan, draws)
     if traces.failed and (on_divergence == "raise" or not traces.healthy):
         raise DivergenceError(divergence_message(traces.failed, plan))
     watch = Watch(until)
     if traces.draws >= draws or watch.enough(traces):
         return traces
-    potential = posterior.bind(vectorize=vectorize, chunk_size=chunk_size)
-    run = Run(plan, potential, traces, divergence_bound, on_divergence, max_excess)
     with torch.no_grad():
+        run = Run(plan, make(), traces, divergence_bound, on_divergence, max_excess)
         try:
             run.go(draws, watch, progress)
         finally:
@@ -178,7 +205,7 @@ def sample(
             f"chains {sorted(traces.failed)} diverged and were stopped; they are absent from every "
             f"statistic. {traces.failed}",
             FailedChainsWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
     return traces
 
@@ -190,7 +217,7 @@ def _move(sampler: Sampler, device: torch.device) -> Sampler:
     return replace(sampler, **moved) if moved else sampler  # type: ignore[type-var]
 
 
-def _prepare_store(
+def prepare_store(
     store: str | os.PathLike[str] | _Store | None, plan: Plan, draws: int
 ) -> TraceStore | _Store:
     config = plan.config()
