@@ -25,7 +25,7 @@ from bayesinf.attribution._sinks import Leading, MatrixSink, Sink, StoreSink, To
 from bayesinf.curvature._accounting import Costs
 from bayesinf.curvature._inner import gram, inner, squared_norms
 from bayesinf.curvature._rows import Explicit, Factored, Rows, unstack
-from bayesinf.curvature._sources import GradientSource, Tokens, token_grid
+from bayesinf.curvature._sources import Gradients, Tokens, token_grid
 
 __all__ = ["Attribution", "require_damping", "score"]
 
@@ -63,7 +63,7 @@ class Attribution:
 
 
 def score(
-    task: Task, source: GradientSource, method: Attribution, options: Options, costs: Costs
+    task: Task, source: Gradients, method: Attribution, options: Options, costs: Costs
 ) -> xr.Dataset:
     """Score pairs by a method, in blocks of bounded memory.
 
@@ -152,7 +152,7 @@ def require_damping(damping: Any, *, positive: bool = True) -> float:
 
 
 def _self_scores(
-    task: Task, source: GradientSource, method: Attribution, options: Options, costs: Costs
+    task: Task, source: Gradients, method: Attribution, options: Options, costs: Costs
 ) -> xr.Dataset:
     values = []
     for t, batch in _blocks(source.task, "train", options):
@@ -188,7 +188,7 @@ def _attrs(
 
 def _sink(
     task: Task,
-    source: GradientSource,
+    source: Gradients,
     method: Attribution,
     options: Options,
     query: Labels,
@@ -214,7 +214,7 @@ def _sink(
 
 
 def _gradients(
-    source: GradientSource, split: str, where: slice, batch: Batch, options: Options, labels: Labels
+    source: Gradients, split: str, where: slice, batch: Batch, options: Options, labels: Labels
 ) -> list[Rows]:
     query = split == "query"
     tokens = options.query_tokens if query else options.train_tokens

@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import xarray as xr
@@ -29,6 +29,9 @@ Leading = tuple[str, np.ndarray | None]
 
 ROWS, COLUMNS = 256, 4096
 """Of a chunk of scores on disk."""
+
+_FINITE = {"influence", "gradient"}
+"""Variables that are refused where they are not finite."""
 
 _SIDES = text_labels(np.array(["helpful", "harmful"]))
 
@@ -151,6 +154,21 @@ class StoreSink:
 
     ``scores`` is the Zarr store, ``progress.json`` names the blocks that are done: it is replaced
     atomically after a block is on disk. A method may keep its curvature beside them.
+
+    Parameters
+    ----------
+    path
+        The folder.
+    query, train
+        The axes.
+    variables
+        Names, with the dimension before rows and columns of those that have one.
+    config
+        What identifies the scores.
+    dtype
+        In which they are kept.
+    holds
+        What the folder holds, for messages.
     """
 
     def __init__(
@@ -161,8 +179,9 @@ class StoreSink:
         variables: Mapping[str, Leading | None],
         config: dict[str, Any],
         dtype: str,
+        holds: Literal["scores", "gradients"] = "scores",
     ) -> None:
-        self.path, self.variables = Path(path), variables
+        self.path, self.variables, self.holds = Path(path), variables, holds
         self._scores = self.path / "scores"
         self.query, self.train = query, train
         self._progress = self.path / "progress.json"
@@ -181,7 +200,8 @@ class StoreSink:
 
     def write(self, rows: slice, columns: slice, block: Block) -> None:
         """Write the block, then mark it as done."""
-        finite("influence", block["influence"], self.query.ids[rows], self.train.ids[columns])
+        for name in _FINITE & block.keys():
+            finite(name, block[name], self.query.ids[rows], self.train.ids[columns])
         for name, array in block.items():
             self._group[name][..., rows, columns] = array
         self._done.add(_key(rows, columns))
@@ -202,8 +222,8 @@ class StoreSink:
         names = {p.name for p in self.path.iterdir()} if self.path.exists() else set()
         if not names <= {"curvature", "scores", "progress.tmp"}:
             raise ValueError(
-                f"store={os.fspath(self.path)!r} exists and is no score store. Choose another "
-                f"path, or remove it if it is not needed."
+                f"{self._shown} exists and is no {self.holds[:-1]} store. Choose another path, or "
+                f"remove it if it is not needed."
             )
         dims, coords = axes(self.query, self.train)
         named = {name: before for name, before in self.variables.items() if before is not None}
@@ -245,10 +265,15 @@ class StoreSink:
                 if held["config"].get(k) != config.get(k)
             ]
             raise ValueError(
-                f"store={os.fspath(self.path)!r} holds scores of another run: {'; '.join(odd)}. "
+                f"{self._shown} holds {self.holds} of another run: {'; '.join(odd)}. "
                 f"Choose another path, or run with the settings that it was made with."
             )
         self._done, self.errors = set(held["done"]), held["errors"]
+
+    @property
+    def _shown(self) -> str:
+        option = "store" if self.holds == "scores" else self.holds
+        return f"{option}={os.fspath(self.path)!r}"
 
     def _commit(self) -> None:
         held = {"config": self._config, "done": sorted(self._done), "errors": self.errors}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from types import TracebackType
-from typing import Literal, Self
+from typing import Literal, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -21,10 +21,43 @@ from bayesinf.curvature._passes import Fisher, Passes
 from bayesinf.curvature._rows import Explicit, Rows, flat_rows, stack
 from bayesinf.curvature._spool import Spool
 
-__all__ = ["GradientSource", "Tokens", "token_grid"]
+__all__ = ["GradientSource", "Gradients", "Tokens", "token_grid"]
 
 Tokens = Literal["position", "loss"]
 """What a token's part of an example's gradient is; see :meth:`GradientSource.gradients`."""
+
+
+class Gradients(Protocol):
+    """Where gradients of examples, or numbers made of them, come from.
+
+    Attributes
+    ----------
+    task
+        Whose.
+    layers
+        Of the rows.
+    """
+
+    @property
+    def task(self) -> Task:
+        """Whose."""
+        ...
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """Of the rows."""
+        ...
+
+    def gradients(
+        self,
+        split: str,
+        where: slice,
+        batch: Batch,
+        measurement: Measurement = "loss",
+        tokens: Tokens | None = None,
+    ) -> list[Rows]:
+        """As of :meth:`GradientSource.gradients`."""
+        ...
 
 
 class GradientSource:
@@ -41,7 +74,9 @@ class GradientSource:
     """
 
     def __init__(self, task: Task, layers: tuple[Layer, ...], costs: Costs) -> None:
-        self.task, self.layers, self.costs = task, layers, costs
+        self.task: Task = task
+        self.layers: tuple[Layer, ...] = layers
+        self.costs = costs
         self._capture = Capture(task, layers, costs)
         d = torch.arange(task.dimension, device=task.device)
         named = task.unflatten(d)
