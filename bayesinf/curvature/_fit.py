@@ -15,30 +15,20 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping
-from contextlib import ExitStack
-from typing import Literal, get_args
+from typing import get_args
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from bayesinf._task import Task
 from bayesinf.curvature._accounting import Costs
-from bayesinf.curvature._bases import DenseBasis, StandardBasis, rotate_rows
-from bayesinf.curvature._capture import Capture
-from bayesinf.curvature._curvature import Block, Curvature
+from bayesinf.curvature._curvature import Curvature
+from bayesinf.curvature._estimates import Form, Sequence
 from bayesinf.curvature._find import find_layers
-from bayesinf.curvature._inner import squared_norms
-from bayesinf.curvature._kronecker import outer_moment, second_moment
-from bayesinf.curvature._kronecker_sums import KroneckerSums
 from bayesinf.curvature._layers import Layer
-from bayesinf.curvature._passes import Fisher, Passes
-from bayesinf.curvature._rows import Rows
-from bayesinf.curvature._spool import Spool
+from bayesinf.curvature._mean_fit import mean_blocks
+from bayesinf.curvature._passes import Fisher
 
 __all__ = ["Fisher", "Form", "Sequence", "choose_forms", "fit_curvature"]
-
-Form = Literal["ekfac", "kfac", "diagonal", "dense", "identity"]
-Sequence = Literal["expand", "reduce"]
 
 _DENSE = 512
 """Norm layers and vectors up to this size get a dense block by default."""
@@ -124,25 +114,20 @@ def fit_curvature(
     costs = costs if costs is not None else Costs()
     layers = find_layers(task, costs)
     forms = choose_forms(layers, form)
-    with ExitStack() as stack:
-        capture = stack.enter_context(Capture(task, layers, costs))
-        two = "ekfac" in forms.values() and task.device.type == "cpu"
-        spool = stack.enter_context(Spool(int(spool_limit * 2**30) if two else 0))
-        passes = Passes(capture, fisher, draws, seed, batch_size, spool)
-        with costs.stage("covariance"):
-            estimates = [
-                _Estimate(task, layer, forms[layer.name], sequence, max_factor) for layer in layers
-            ]
-            for mask, pulls in passes:
-                for first, pull in pulls:
-                    for estimate, rows in zip(estimates, pull, strict=True):
-                        estimate.add(rows, mask, passes.weight, first)
-        with costs.stage("eigendecomposition"):
-            blocks = [estimate.block() for estimate in estimates]
-        corrected = [i for i, block in enumerate(blocks) if block.form == "ekfac"]
-        if corrected:
-            with costs.stage("eigenvalue correction"):
-                _correct(task, blocks, corrected, passes)
+    (blocks,) = mean_blocks(
+        [task],
+        np.ones((1, 1)),
+        layers,
+        forms,
+        fisher=fisher,
+        draws=draws,
+        sequence=sequence,
+        max_factor=max_factor,
+        spool_limit=spool_limit,
+        seed=seed,
+        batch_size=batch_size,
+        costs=costs,
+    )
     fingerprint = task.fingerprint()
     info = {
         "fisher": fisher,
@@ -151,64 +136,7 @@ def fit_curvature(
         **{key: fingerprint[key] for key in ("checkpoint", "train", "likelihood")},
         **({"draws": draws, "seed": seed} if fisher == "sampled" else {}),
     }
-    return Curvature(tuple(blocks), {k: tuple(p.shape) for k, p in task.params.items()}, info)
-
-
-def _correct(task: Task, blocks: list[Block], which: list[int], passes: Passes) -> None:
-    """Replace the eigenvalues of K-FAC by second moments in its basis."""
-    totals = {i: _zeros(task, *blocks[i].layer.shape) for i in which}
-    for _, pulls in passes:
-        for _, pull in pulls:
-            for i in which:
-                totals[i] += passes.weight * second_moment(rotate_rows(blocks[i].basis, pull[i]))
-    for i, total in totals.items():
-        block = blocks[i]
-        _require_finite_sum(total, block.layer, task)
-        values = (total / task.n).to(task.dtype)
-        blocks[i] = Block(block.layer, block.form, block.basis, values)
-
-
-class _Estimate:
-    """Running sums of one layer's block."""
-
-    def __init__(
-        self, task: Task, layer: Layer, form: Form, sequence: Sequence, max_factor: int
-    ) -> None:
-        self.task, self.layer, self.form = task, layer, form
-        self.factors: KroneckerSums | None = None
-        if form in ("ekfac", "kfac"):
-            self.factors = KroneckerSums(layer, sequence, max_factor, task)
-        elif form == "dense":
-            self.total = _zeros(task, layer.size, layer.size)
-        else:
-            self.total = _zeros(task, *layer.shape) if form == "diagonal" else _zeros(task, 1)
-
-    def add(self, rows: Rows, mask: Tensor | None, weight: float, first: bool) -> None:
-        if self.factors is not None:
-            self.factors.add(rows, mask, weight, first)
-        elif self.form == "dense":
-            self.total += weight * outer_moment(rows)
-        elif self.form == "diagonal":
-            self.total += weight * second_moment(rows)
-        else:
-            self.total += weight * squared_norms([rows]).double().sum()
-
-    def block(self) -> Block:
-        layer, n, dtype = self.layer, self.task.n, self.task.dtype
-        if self.factors is not None:
-            basis, values = self.factors.decompose(n)
-            _require_finite_sum(values, layer, self.task)
-            return Block(layer, self.form, basis, values.to(dtype))
-        total = self.total / n
-        _require_finite_sum(total, layer, self.task)
-        if self.form == "dense":
-            values, vectors = torch.linalg.eigh((total + total.T) / 2)
-            kept = values.clamp_min(0).view(layer.shape)
-            dense = DenseBasis(vectors.to(dtype).contiguous())
-            return Block(layer, self.form, dense, kept.to(dtype))
-        if self.form == "identity":
-            total = (total / layer.size).expand(layer.shape).contiguous()
-        return Block(layer, self.form, StandardBasis(), total.to(dtype))
+    return Curvature(blocks, {k: tuple(p.shape) for k, p in task.params.items()}, info)
 
 
 def choose_forms(layers: tuple[Layer, ...], form: Form | Mapping[str, Form]) -> dict[str, Form]:
@@ -241,15 +169,3 @@ def _default_form(layer: Layer, general: Form) -> Form:
 def _require_choice(name: str, value: str, choices: object) -> None:
     if value not in get_args(choices):
         raise ValueError(f"{name} must be one of {get_args(choices)}; got {value!r}.")
-
-
-def _require_finite_sum(total: Tensor, layer: Layer, task: Task) -> None:
-    if not bool(torch.isfinite(total).all()):
-        raise ValueError(
-            f"layer {layer.name!r}: gradients are finite, but their products overflow "
-            f"{task.dtype}. Use a float64 model: model.double()."
-        )
-
-
-def _zeros(task: Task, *shape: int) -> Tensor:
-    return torch.zeros(shape, dtype=torch.float64, device=task.device)

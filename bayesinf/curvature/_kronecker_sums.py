@@ -78,16 +78,21 @@ class KroneckerSums:
         self.layer, self.sequence = layer, sequence
         self.a = _Side(columns, columns > max_factor, layer.groups, like)
         self.s = _Side(rows, index or rows > max_factor, layer.groups, like)
-        self.dtype, self.positions = task.dtype, 0
+        self.dtype, self.positions = task.dtype, 0.0
         self.squares = like.new_zeros(layer.groups)
         self.matrices = False
 
-    def add(self, rows: Rows, mask: Tensor | None, weight: float, first: bool) -> None:
-        """Add the rows ``(B, 1)`` of a backward pass; inputs count in the first of a batch."""
+    def add(
+        self, rows: Rows, mask: Tensor | None, weight: float, first: bool, share: float = 1.0
+    ) -> None:
+        """Add the rows ``(B, 1)`` of a backward pass; inputs count in the first of a batch.
+
+        ``share`` is how much the batch itself counts, ``weight`` its share and that of the pass.
+        """
         if isinstance(rows, Indexed):
-            self._add_indexed(rows, mask, weight, first)
+            self._add_indexed(rows, mask, weight, first, share)
         elif isinstance(rows, (Factored, Grouped)):
-            self._add_factored(rows, mask, weight, first)
+            self._add_factored(rows, mask, weight, first, share)
         else:
             self._add_matrices(rows, weight)
 
@@ -104,7 +109,12 @@ class KroneckerSums:
         return basis, (values / scale.view(-1, 1, 1)).reshape(self.layer.shape)
 
     def _add_factored(
-        self, rows: Factored | Grouped, mask: Tensor | None, weight: float, first: bool
+        self,
+        rows: Factored | Grouped,
+        mask: Tensor | None,
+        weight: float,
+        first: bool,
+        share: float,
     ) -> None:
         a, ds = rows.a, rows.values.squeeze(1)  # (B, T, …)
         keep = _of_calls(mask, a.shape[:2])
@@ -115,11 +125,13 @@ class KroneckerSums:
         elif keep is not None:
             a, ds = (a[keep].unsqueeze(0) if first else a), ds[keep].unsqueeze(0)
         if first:
-            self.positions += count
-            self.a.add(a.flatten(0, 1))
+            self.positions += share * count
+            self.a.add(a.flatten(0, 1), share)
         self.s.add(ds.flatten(0, 1), weight)
 
-    def _add_indexed(self, rows: Indexed, mask: Tensor | None, weight: float, first: bool) -> None:
+    def _add_indexed(
+        self, rows: Indexed, mask: Tensor | None, weight: float, first: bool, share: float
+    ) -> None:
         index, ds = rows.index, rows.values.squeeze(1)
         keep = _of_calls(mask, index.shape)
         if self.padding is not None:
@@ -128,8 +140,8 @@ class KroneckerSums:
         if keep is not None:
             index, ds = index[keep], ds[keep]
         if first:
-            self.positions += index.numel()
-            self.s.total += torch.bincount(index.flatten(), minlength=rows.size)
+            self.positions += share * index.numel()
+            self.s.total += share * torch.bincount(index.flatten(), minlength=rows.size)
         self.a.add(ds.reshape(-1, ds.shape[-1]), weight)
 
     def _add_matrices(self, rows: Rows, weight: float) -> None:
