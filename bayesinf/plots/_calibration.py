@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 import xarray as xr
 
+from bayesinf.plots._look import ACCENT, INK
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["plot_calibration"]
-
-INK, CHOSEN = "#1f4e79", "#b5651d"
 
 
 def plot_calibration(report: xr.Dataset) -> Figure:
@@ -44,11 +44,11 @@ def plot_calibration(report: xr.Dataset) -> Figure:
     left, right = figure.subplots(1, 2)
     left.plot(report["n_beta"], report["virial"], "o-", color=INK, markersize=4)
     left.axhline(1.0, color="0.7", linewidth=0.8, zorder=0)
-    left.axvline(report.attrs["n_beta"], color=CHOSEN, linestyle="--", label="chosen")
+    left.axvline(report.attrs["n_beta"], color=ACCENT, linestyle="--", label="chosen")
     left.set(xscale="log", xlabel="n_beta (hot ← → cold)", ylabel="virial ratio of Laplace draws")
     left.legend(frameon=False)
     right.plot(report["rank"], report["eigenvalue"], color=INK)
-    right.axhline(report.attrs["damping"], color=CHOSEN, linestyle="--", label="damping")
+    right.axhline(report.attrs["damping"], color=ACCENT, linestyle="--", label="damping")
     low = 1e-6 * report.attrs["lambda_max"]
     right.set(
         xscale="log", yscale="log", xlabel="rank", ylabel="eigenvalue of EK-FAC", ylim=(low, None)

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import xarray as xr
 
 from bayesinf.plots._axes import new_axes
 from bayesinf.plots._estimates import COST_TITLES, estimates, half_widths, title_of
+from bayesinf.plots._look import ACCENT, points, style_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = ["plot_frontier"]
 
-CEILING = "#b5651d"
 _MIB = 2.0**20
 
 
@@ -73,12 +73,12 @@ def plot_frontier(
     for k, name in enumerate(table["scorer"].values):
         text = (labels or {}).get(str(name), str(name))
         own = slice(k, k + 1)
-        style: dict[str, Any] = {"fmt": "o", "markersize": 5, "capsize": 3, "elinewidth": 1.2}
-        ax.errorbar(x[own], y[own], yerr=whiskers[:, own], color=f"C{k}", label=text, **style)
+        style = points() | style_of(k)
+        ax.errorbar(x[own], y[own], yerr=whiskers[:, own], label=text, **style)
     best = _frontier(x, y)
     ax.step(x[best], y[best], where="post", color="0.7", linewidth=1, zorder=0, label="_frontier")
     if "ceiling" in table and not table["ceiling"].ndim:
-        ax.axhline(float(table["ceiling"]), color=CEILING, linestyle="--", label="noise ceiling")
+        ax.axhline(float(table["ceiling"]), color=ACCENT, linestyle="--", label="noise ceiling")
     ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1.0))
     ax.set_xscale("log")
     ax.margins(x=0.2)

@@ -9,13 +9,12 @@ import numpy as np
 import xarray as xr
 
 from bayesinf.plots._axes import new_axes
+from bayesinf.plots._look import ACCENT, INK
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = ["plot_response_gaps"]
-
-INK, NOISE = "#1f4e79", "#b5651d"
 
 _NAMES = {
     "warm_start": "warm-start gap",
@@ -68,7 +67,7 @@ def plot_response_gaps(
     drawn, noisy = rms > 0, noise > 0
     ax.plot(rms[drawn], places[drawn], "o", color=INK, markersize=5, label="difference")
     if noisy.any():
-        style: dict[str, Any] = {"markerfacecolor": "none", "color": NOISE, "markersize": 6}
+        style: dict[str, Any] = {"markerfacecolor": "none", "color": ACCENT, "markersize": 6}
         ax.plot(noise[noisy], places[noisy], "D", label="noise of the seeds", **style)
         ax.legend(frameon=False, fontsize="small")
     for place, correlation in zip(places, gaps["correlation"].values, strict=True):

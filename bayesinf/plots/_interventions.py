@@ -9,15 +9,12 @@ import numpy as np
 import xarray as xr
 
 from bayesinf.plots._axes import new_axes
+from bayesinf.plots._look import ACCENT, COLORS, GREY, points
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = ["plot_curves", "plot_mislabels"]
-
-INK, BASELINE, CONTROL = "#1f4e79", "#b5651d", "0.45"
-COLORS = [f"C{k}" for k in range(10) if k != 7]
-"""Of methods: all of the cycle but its grey."""
 
 _AXES = {
     "count": "training examples removed",
@@ -63,17 +60,14 @@ def plot_mislabels(
     values = table[variable].values
     places = np.argsort(np.argsort(values, kind="stable"), kind="stable")
     ax = ax if ax is not None else new_axes((6.0, 1.2 + 0.4 * len(names)))
-    ax.errorbar(
-        values, places, xerr=_whiskers(table, variable), fmt="o", color=INK, markersize=5,
-        capsize=3, elinewidth=1.2,
-    )  # fmt: skip
+    ax.errorbar(values, places, xerr=_whiskers(table, variable), **points())
     ax.set_yticks(places, [(labels or {}).get(name, name) for name in names])
     ax.set_ylim(-0.6, len(names) - 0.4)
     base = table.attrs.get("baseline")
     if base is not None:
         at = float(values[names.index(str(base))])
         text = f"baseline: {(labels or {}).get(base, base)}"
-        ax.axvline(at, color=BASELINE, linestyle="--", zorder=0, label=text)
+        ax.axvline(at, color=ACCENT, linestyle="--", zorder=0, label=text)
         ax.legend(frameon=False, loc="lower right")
     title = {"auroc": "AUROC of wrong labels", "average_precision": "average precision"}
     ax.set_xlabel(title.get(variable, variable) + _interval(table))
@@ -133,7 +127,7 @@ def plot_curves(
         own = table.sel(scorer=name)
         style: dict[str, Any] = {}
         if name in controls:
-            style |= {"color": CONTROL, "linestyle": ("--", ":")[controls.index(name) % 2]}
+            style |= {"color": GREY, "linestyle": ("--", ":")[controls.index(name) % 2]}
         else:
             place = methods.index(name)
             style |= {"color": COLORS[place % len(COLORS)]}

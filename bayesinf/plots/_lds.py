@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import xarray as xr
 
 from bayesinf.plots._axes import new_axes
 from bayesinf.plots._estimates import half_widths
-from bayesinf.plots._frontier import CEILING, plot_frontier
+from bayesinf.plots._frontier import plot_frontier
+from bayesinf.plots._look import ACCENT, points
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = ["plot_lds", "plot_lds_time"]
-
-INK = "#1f4e79"
 
 
 def plot_lds(
@@ -61,12 +60,12 @@ def plot_lds(
     else:
         places = np.arange(len(names))[::-1]
     ax = ax if ax is not None else new_axes((6.0, 1.2 + 0.4 * len(names)))
-    ax.errorbar(table["lds"].values, places, xerr=half_widths(table, "lds"), **_points())
+    ax.errorbar(table["lds"].values, places, xerr=half_widths(table, "lds"), **points())
     ax.set_yticks(places, [(labels or {}).get(name, name) for name in names])
     ax.set_ylim(-0.6, len(names) - 0.4)
     ax.axvline(0.0, color="0.7", linewidth=0.8, zorder=0)
     if "ceiling" in table:
-        ax.axvline(float(table["ceiling"]), color=CEILING, linestyle="--", label="noise ceiling")
+        ax.axvline(float(table["ceiling"]), color=ACCENT, linestyle="--", label="noise ceiling")
         ax.legend(frameon=False, loc="lower right")
     ax.set_xlabel(_axis_label(table))
     return ax
@@ -113,10 +112,6 @@ def _require(table: xr.Dataset, names: tuple[str, ...]) -> None:
             f"an LDS table has the dim 'scorer' and the variables {list(names)}; this one has dims "
             f"{[str(d) for d in table.dims]} and lacks {missing}. Make it with lds_table(...)."
         )
-
-
-def _points() -> dict[str, Any]:
-    return {"fmt": "o", "color": INK, "markersize": 5, "capsize": 3, "elinewidth": 1.2}
 
 
 def _axis_label(table: xr.Dataset) -> str:
