@@ -65,7 +65,8 @@ class Chains(Protocol):
     def statistics(self, loss: np.ndarray | None) -> dict[str, np.ndarray]:
         """``lp``, ``distance`` and ``acceptance_rate`` ``(C,)``, the last since the last draw.
 
-        ``loss (C,)`` is the mean over all train examples; without it ``lp`` is NaN.
+        ``loss (C,)`` is the mean over all train examples; without it ``lp`` may be NaN. Chains that
+        adapt steps of their own also give ``step_size``, and ``diverging`` where moves can diverge.
         """
         ...
 
@@ -190,14 +191,14 @@ class Run:
                 loss > self.bound, f"its mean loss exceeded the bound {self.bound:.4g}"
             )
         stats = {
-            **self.chains.statistics(loss if self.full_train else None),
             "step_size": np.full(self.plan.chains, self.plan.sampler.step_size),
+            **self.chains.statistics(loss if self.full_train else None),
         }
         dead = np.array([c in self.failed for c in range(self.plan.chains)])
         for name, array in {**values, **stats}.items():
             array[dead] = np.nan
             values[name if "/" in name else f"sample_stats/{name}"] = array
-        values["sample_stats/diverging"] = dead
+        values["sample_stats/diverging"] = dead | values.get("sample_stats/diverging", dead)
         return values
 
     def _blame(self, name: str, row: np.ndarray) -> str:
