@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["BatchStream", "ChainGenerators", "starting_points", "systematic"]
+__all__ = ["BatchStream", "ChainGenerators", "chain_seeds", "starting_points", "systematic"]
 
 _NOISE, _BATCHES, _STARTS = 0, 1, 2
 
@@ -26,6 +26,11 @@ def _sequence(seed: int, *key: int) -> np.random.SeedSequence:
 
 def _torch_seed(seed: int, *key: int) -> int:
     return int(_sequence(seed, *key).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def chain_seeds(seed: int, chain: int) -> np.ndarray:
+    """Two 32-bit words of a chain's noise, for generators other than torch's."""
+    return _sequence(seed, _NOISE, chain).generate_state(2, np.uint32)
 
 
 class ChainGenerators:
