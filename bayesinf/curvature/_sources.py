@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Literal, Protocol, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.func import grad
@@ -97,7 +98,7 @@ class GradientSource:
     def gradients(
         self,
         split: str,
-        where: slice,
+        where: slice | np.ndarray,
         batch: Batch,
         measurement: Measurement = "loss",
         tokens: Tokens | None = None,
@@ -109,7 +110,7 @@ class GradientSource:
         split
             ``"train"`` or ``"query"``.
         where, batch
-            A slice of the examples and what they hold.
+            A slice or positions of the examples, and what they hold.
         measurement
             As for :meth:`Task.measure`.
         tokens
