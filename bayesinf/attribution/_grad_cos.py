@@ -19,7 +19,7 @@ __all__ = ["grad_cos"]
 
 
 @register("similarity", "cosine between gradients", needs=GRADIENTS)
-def grad_cos(task: Task, **scoring: Unpack[Scoring]) -> xr.Dataset:
+def grad_cos(task: Task, *, per_layer: bool = False, **scoring: Unpack[Scoring]) -> xr.Dataset:
     r"""Negative cosines ``−∇φ_qᵀ∇ℓ_t / (‖∇φ_q‖ ‖∇ℓ_t‖)`` over all selected parameters.
 
     A gradient that is zero has cosine 0 with everything.
@@ -28,6 +28,9 @@ def grad_cos(task: Task, **scoring: Unpack[Scoring]) -> xr.Dataset:
     ----------
     task
         Network, likelihood, training and query examples; any network.
+    per_layer
+        The mean of the cosines of the gradients of each layer: then every layer counts the same,
+        however large its gradients. A zero gradient of a layer has cosine 0 in it.
     **scoring
         What to pair, tokens, modules, batch sizes, top-k, a Zarr store and the like: see
         :class:`bayesinf.Scoring`.
@@ -50,6 +53,18 @@ def grad_cos(task: Task, **scoring: Unpack[Scoring]) -> xr.Dataset:
     Charpiat et al. 2019, "Input similarity from the neural network perspective", §2.
     """
     options, costs = resolve(scoring), Costs()
-    method = Attribution("grad_cos", "similarity", lambda rows: rows, -1.0, cosine=True)
-    with GradientSource(task, find_layers(task, costs), costs) as source:
+    if options.relative is not None:
+        raise ValueError(
+            f"a cosine is relative to both gradients already; drop relative={options.relative!r}."
+        )
+    layers = find_layers(task, costs)
+    method = Attribution(
+        "grad_cos",
+        "similarity",
+        lambda rows: rows,
+        -1.0 / len(layers) if per_layer else -1.0,
+        cosine="layer" if per_layer else True,
+        attrs={"per_layer": per_layer},
+    )
+    with GradientSource(task, layers, costs) as source:
         return score(task, source, method, options, costs)

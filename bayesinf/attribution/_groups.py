@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import xarray as xr
 from scipy.sparse import csr_array
 
 from bayesinf._axes import Axis
-from bayesinf._streaming import StreamingCovariance
-from bayesinf._traces import TraceStore
 
-__all__ = ["Grouping", "GroupsLike", "resolve_groups"]
+__all__ = ["Grouping", "GroupsLike", "HasAxes", "resolve_groups"]
 
 GroupsLike = Mapping[str, Sequence[Any] | np.ndarray] | xr.DataArray
+
+
+class HasAxes(Protocol):
+    """What groups are of."""
+
+    def axis(self, split: str, *, tokens: bool = False) -> Axis:
+        """Axis of the train examples or queries, or of their tokens."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +34,8 @@ class Grouping:
     tokens: bool
 
 
-def resolve_groups(
-    groups: GroupsLike, store: TraceStore | StreamingCovariance, split: str, dim: str
-) -> Grouping:
-    """Resolve groups of a store's train examples or queries.
+def resolve_groups(groups: GroupsLike, store: HasAxes, split: str, dim: str) -> Grouping:
+    """Resolve groups of the train examples or queries of a store, or of scores.
 
     Parameters
     ----------
@@ -40,7 +43,7 @@ def resolve_groups(
         ``{name: ids}``; an array of labels along ``split`` or ``split_token``; or an array of
         weights along one of them and another dimension.
     store
-        Traces or sums.
+        Traces, sums, or whatever else has axes.
     split
         ``"train"`` or ``"query"``.
     dim
@@ -158,5 +161,6 @@ def _refuse_unknown(unknown: list[Any], where: str, split: str) -> None:
     if unknown:
         raise ValueError(
             f"{where} holds {len(unknown)} {split} examples that were not observed, first "
-            f"{unknown[0]!r}. Observe them: sample(..., observe={{{split!r}: ids}})."
+            f"{unknown[0]!r}. Observe them: sample(..., observe={{{split!r}: ids}}); or score a "
+            f"task that has them."
         )

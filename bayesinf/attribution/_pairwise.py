@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -46,7 +46,7 @@ class Attribution:
     scale
         ``−1/n`` for influences, ``−1`` for similarities.
     cosine
-        Divide by the norms of both gradients.
+        Divide by the norms of both gradients; ``"layer"``: layer by layer.
     attrs
         The method's settings; they identify a store.
     report
@@ -57,7 +57,7 @@ class Attribution:
     estimand: str
     precondition: Callable[[list[Rows]], list[Rows]]
     scale: float
-    cosine: bool = False
+    cosine: bool | Literal["layer"] = False
     attrs: dict[str, Any] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=dict)
 
@@ -103,16 +103,19 @@ def score(
             if all(sink.done(rows, c) for c in columns):
                 continue
             left = _gradients(source, "query", q, queries, options, query)
-            norms = squared_norms(left).sqrt() if method.cosine else None
+            norms = _norms(left, method) if method.cosine else None
             left = _stored(method.precondition(left), options, sink.errors)
             kept = _late_mask(query, q, options.query_tokens, source.task.device)
             for t, batch in _blocks(source.task, "train", options):
                 if sink.done(rows, train.entries(t)):
                     continue
                 right = _gradients(source, "train", t, batch, options, train)
-                block = _products(left, right, options.modules, source.task.dtype)
+                apart = options.modules or method.cosine == "layer"
+                block = _products(left, right, apart, source.task.dtype)
                 if norms is not None:
-                    block = _cosines(block, norms, squared_norms(right).sqrt())
+                    block = _cosines(block, norms, _norms(right, method))
+                if options.relative is not None:
+                    block = block * _per_size(method, right, options, train, t)
                 late = _late_mask(train, t, options.train_tokens, source.task.device)
                 block = block if kept is None else block[:, kept]
                 block = block if late is None else block[:, :, late]
@@ -122,7 +125,8 @@ def score(
                     found["influence_by_module"] = values
                 sink.write(rows, train.entries(t), found)
     more = dict(sink.errors)
-    return sink.finish(method.name, method.estimand, _attrs(task, method, options, costs, more))
+    estimand = "similarity" if options.relative else method.estimand
+    return sink.finish(method.name, estimand, _attrs(task, method, options, costs, more))
 
 
 def require_damping(damping: Any, *, positive: bool = True) -> float:
@@ -157,9 +161,10 @@ def _self_scores(
     values = []
     for t, batch in _blocks(source.task, "train", options):
         rows = source.gradients("train", t, batch)
-        found = inner(method.precondition(list(rows)), rows) * method.scale
         if method.cosine:
-            found = found / squared_norms(rows).clamp_min(torch.finfo(found.dtype).tiny)
+            found = (_norms(rows, method) > 0).to(source.task.dtype).sum(0) * method.scale
+        else:
+            found = inner(method.precondition(list(rows)), rows) * method.scale
         values.append(found.detach().cpu().numpy())
     labels = make_labels(task, "train", None, options.batch_size)
     return label_scores(
@@ -242,10 +247,37 @@ def _products(left: list[Rows], right: list[Rows], modules: bool, dtype: torch.d
     return torch.stack([gram([x], [y], dtype) for x, y in zip(left, right, strict=True)])
 
 
+def _norms(rows: list[Rows], method: Attribution) -> Tensor:
+    """Norms ``(1 or layers, rows)``."""
+    parts = [[layer] for layer in rows] if method.cosine == "layer" else [rows]
+    return torch.stack([squared_norms(part) for part in parts]).sqrt()
+
+
 def _cosines(block: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Divide by norms; a gradient that is zero has cosine 0 with everything."""
-    scales = [torch.where(x > 0, 1 / x, torch.zeros_like(x)) for x in (left, right)]
-    return block * scales[0][:, None] * scales[1]
+    return block * _inverse(left)[:, :, None] * _inverse(right)[:, None]
+
+
+def _per_size(
+    method: Attribution, rows: list[Rows], options: Options, train: Labels, where: slice
+) -> Tensor:
+    """One over the size of what each training example does; 0 for one that does nothing."""
+    moved = method.precondition(list(rows))
+    if options.relative == "parameters":
+        return _inverse(squared_norms(moved).sqrt())
+    own = inner(moved, rows)
+    if bool((own < 0).any()):
+        bad = train.axis.examples[where][int((own < 0).nonzero()[0])]
+        raise ValueError(
+            f"relative='loss' divides by the root of the self-influence, and that of train example "
+            f"{bad!r} has the wrong sign. Usual cause: a curvature that is not positive definite, "
+            f"or a damping too small for precision; relative='parameters' has no such root."
+        )
+    return _inverse(own.sqrt())
+
+
+def _inverse(size: Tensor) -> Tensor:
+    return torch.where(size > 0, 1 / size, torch.zeros_like(size))
 
 
 def _stored(rows: list[Rows], options: Options, errors: dict[str, float]) -> list[Rows]:

@@ -43,6 +43,12 @@ class Scoring(TypedDict, total=False):
         ``train_token`` and ``query_token``, with coordinates ``train``, ``train_position`` and,
         where inputs are ids, ``train_token_id`` (or ``query``, …); padded and masked tokens are
         absent.
+    relative
+        Divide scores by the size of what the training example does to the network (RelatIF,
+        Barshan et al. 2020), so that examples with large gradients do not lead for every query; a
+        similarity. ``"loss"``: by the root of ``∇ℓ_tᵀ M ∇ℓ_t``, the change of the losses;
+        ``"parameters"``: by ``‖M ∇ℓ_t‖``, that of the weights. ``M`` is the method's inverse
+        curvature, which is applied to every training example.
     query_rank
         Keep preconditioned query gradients as matrices of this rank, layer by layer (SVD; Grosse
         et al. 2023 §3.2.2 use 32); the relative error is in ``attrs["query_rank_error"]``.
@@ -64,6 +70,7 @@ class Scoring(TypedDict, total=False):
     modules: bool
     train_tokens: Tokens | None
     query_tokens: Tokens | None
+    relative: Literal["loss", "parameters"] | None
     query_rank: int | None
     gradient_dtype: torch.dtype | None
     top_k: int | None
@@ -81,6 +88,7 @@ class Options:
     modules: bool = False
     train_tokens: Tokens | None = None
     query_tokens: Tokens | None = None
+    relative: str | None = None
     query_rank: int | None = None
     gradient_dtype: torch.dtype | None = None
     top_k: int | None = None
@@ -94,6 +102,7 @@ class Options:
             "batch_size": self.batch_size,
             "train_tokens": self.train_tokens,
             "query_tokens": self.query_tokens,
+            "relative": self.relative,
             "query_rank": self.query_rank,
             "gradient_dtype": None if dtype is None else str(dtype),
         }
@@ -130,6 +139,14 @@ def resolve(scoring: Scoring) -> Options:
             value in (None, "position", "loss"),
             f"{name} must be None, 'position' or 'loss'; got {value!r}.",
         )
+    _require(
+        options.relative in (None, "loss", "parameters"),
+        f"relative must be None, 'loss' or 'parameters'; got {options.relative!r}.",
+    )
+    _require(
+        options.relative is None or options.train_tokens is None,
+        f"relative= is of whole training examples; drop train_tokens={options.train_tokens!r}.",
+    )
     dtype = options.gradient_dtype
     _require(
         dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point),
@@ -147,6 +164,7 @@ def resolve(scoring: Scoring) -> Options:
                 "modules",
                 "train_tokens",
                 "query_tokens",
+                "relative",
                 "query_rank",
                 "gradient_dtype",
                 "top_k",

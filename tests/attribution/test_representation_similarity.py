@@ -87,7 +87,7 @@ def test_refusals(rng):
         representation_similarity(task, module="body")
     with pytest.raises(ValueError, match="'unused' does not run in the forward pass"):
         representation_similarity(task, module="unused")
-    with pytest.raises(ValueError, match="batch_size must be at least 1"):
+    with pytest.raises(ValueError, match="batch_size must be a positive integer"):
         representation_similarity(task, batch_size=0)
     x = torch.randn(5, 3, generator=rng)
     scale = nn.Sequential(nn.LayerNorm(3))
