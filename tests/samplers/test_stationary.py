@@ -1,11 +1,11 @@
-"""Every kernel against its exact stationary law on a Gaussian, at a large step.
+"""Every kernel against its exact stationary law on a Gaussian, at a large step, torch's and JAX's.
 
 Linear kernels three times over: the law that one step implies (``laws.discrete_law``) equals the
 documented closed form to rounding, and the moments of a run agree with it. The others, whose law is
 the posterior itself, by the moments alone.
 
 Moments are z-scores over 512 independent chains, refused beyond 5.5 standard errors: with 14
-numbers a run (4 means, 10 second moments) and 22 runs the false-alarm rate of this file is 2e-5.
+numbers a run (4 means, 10 second moments) and 28 runs the false-alarm rate of this file is 2e-5.
 Each check has teeth: at ``ε·ã_max = 1.2`` the laws of SGLD and of the posterior differ by up to
 43 %, and every run must also refuse, by more than 8 standard errors, the law of a kernel with twice
 the noise variance, with twice the drift, and of the next best kernel.
@@ -61,6 +61,7 @@ class Row:
     preconditioned: bool = True
     linear: bool = True
     stiffest: float = 1.2  # ε·ã_max
+    jax: bool = True
 
 
 ROWS = {
@@ -78,13 +79,23 @@ ROWS = {
         lambda eps, p: bi.SGNHT(eps, 0.3 * eps**-0.5, 4.0, p), _posterior, _sgld, linear=False
     ),
     "mala": Row(lambda eps, p: bi.MALA(eps, p), _posterior, _sgld, linear=False, stiffest=2.4),
-    "hmc": Row(lambda eps, p: bi.HMC(eps, 3, 0.2, p), _posterior, _sgld, linear=False, stiffest=3),
+    "hmc": Row(
+        lambda eps, p: bi.HMC(eps, 3, 0.2, p),
+        _posterior,
+        _sgld,
+        linear=False,
+        stiffest=3,
+        jax=False,
+    ),
 }
-CASES = [
-    (name, preconditioned)
+TORCH = [
+    (name, "preconditioned" if preconditioned else "plain")
     for name, row in ROWS.items()
     for preconditioned in ((False, True) if row.preconditioned else (False,))
 ]
+JAX = [(name, "jax") for name, row in ROWS.items() if row.jax]
+CASES = [*TORCH, *JAX]
+"""Kernels, and where they run: torch with or without a preconditioner, or JAX, which has none."""
 
 
 def fitted(task: bi.Task) -> bi.Curvature:
@@ -107,19 +118,25 @@ def misfit(problem: quadratic.Quadratic) -> bi.Preconditioner:
     return bi.Preconditioner(inverse, problem.posterior.n_beta)
 
 
-def setting(name: str, preconditioned: bool, potential: str = "tilted"):
+def setting(name: str, where: str, potential: str = "tilted"):
     """Problem, kernel at a large step, ``S``, ``Ã`` and the step size."""
     row, problem = ROWS[name], quadratic.make(potential=potential)
-    preconditioner = misfit(problem) if preconditioned else None
+    preconditioner = misfit(problem) if where == "preconditioned" else None
     root = EYE if preconditioner is None else preconditioner.apply_transpose(EYE)
     root = root if row.scale is None else row.scale.sqrt().diag()
     inner = root.T @ problem.hessian @ root
     step_size = float(row.stiffest / torch.linalg.eigvalsh(inner)[-1])
-    return problem, row.make(step_size, preconditioner), root, inner, step_size
+    kernel = row.make(step_size, preconditioner)
+    if where == "jax":
+        pytest.importorskip("blackjax" if name == "mala" else "jax")
+        from tests.samplers.jax_kernels import JaxKernel
+
+        kernel = JaxKernel(kernel, problem)
+    return problem, kernel, root, inner, step_size
 
 
 def test_the_preconditioner_of_these_tests_fits_badly() -> None:
-    problem, _, root, inner, _ = setting("sgld", True)
+    problem, _, root, inner, _ = setting("sgld", "preconditioned")
     values = torch.linalg.eigvalsh(inner)
     assert values[-1] > 3 * values[0]
     assert (root - root.T).norm() > 0.05 * root.norm()
@@ -127,11 +144,11 @@ def test_the_preconditioner_of_these_tests_fits_badly() -> None:
     assert (commutator - commutator.T).norm() > 0.1 * commutator.norm()
 
 
-@pytest.mark.parametrize(("name", "preconditioned"), [c for c in CASES if ROWS[c[0]].linear])
+@pytest.mark.parametrize(("name", "where"), [c for c in CASES if ROWS[c[0]].linear])
 @pytest.mark.parametrize("potential", ["tilted", "plain"])
-def test_the_documented_law_is_that_of_a_step(name, preconditioned, potential) -> None:
+def test_the_documented_law_is_that_of_a_step(name, where, potential) -> None:
     row = ROWS[name]
-    problem, kernel, root, inner, step_size = setting(name, preconditioned, potential)
+    problem, kernel, root, inner, step_size = setting(name, where, potential)
     mean, covariance = discrete_law(kernel, problem, row.prepare)
     torch.testing.assert_close(mean, problem.center, rtol=1e-8, atol=1e-8)
     documented = root @ row.law(inner, step_size) @ root.T
@@ -140,10 +157,10 @@ def test_the_documented_law_is_that_of_a_step(name, preconditioned, potential) -
     assert (covariance - rival).norm() > 0.01 * covariance.norm()
 
 
-@pytest.mark.parametrize(("name", "preconditioned"), CASES)
-def test_stationary_law_on_a_gaussian(name, preconditioned) -> None:
+@pytest.mark.parametrize(("name", "where"), CASES)
+def test_stationary_law_on_a_gaussian(name, where) -> None:
     row = ROWS[name]
-    problem, kernel, root, inner, step_size = setting(name, preconditioned)
+    problem, kernel, root, inner, step_size = setting(name, where)
     run = Moments(kernel, problem, prepare=row.prepare)
     exact = root @ row.law(inner, step_size) @ root.T
     assert run.off(exact) < LIMIT
@@ -156,11 +173,11 @@ def test_stationary_law_on_a_gaussian(name, preconditioned) -> None:
         assert run.off(factor * root @ law(hessian, step_size) @ root.T) > TEETH
 
 
-@pytest.mark.parametrize("preconditioned", [False, True])
+@pytest.mark.parametrize("where", ["plain", "preconditioned"])
 @pytest.mark.parametrize("name", ["mala", "hmc"])
-def test_the_decision_is_what_makes_the_law_exact(name, preconditioned, monkeypatch) -> None:
+def test_the_decision_is_what_makes_the_law_exact(name, where, monkeypatch) -> None:
     """A large share is refused, and with everything accepted the law is that of leapfrog steps."""
-    problem, kernel, *_ = setting(name, preconditioned)
+    problem, kernel, *_ = setting(name, where)
     posterior = torch.linalg.inv(problem.hessian)
     assert Moments(kernel, problem, chains=64, steps=50).acceptance < 0.85
     for module in (_mala, _hmc):

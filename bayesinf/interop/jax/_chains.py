@@ -262,7 +262,7 @@ class JaxChains:
             accepted.append(taken)
             self.step, left = self.step + count, left - count
         if KERNELS[self.kernel].decides:
-            self._acceptance = np.sum(accepted, axis=0, dtype=np.float64) / steps
+            self._acceptance = np.stack(accepted).sum(0, dtype=np.float64) / steps
 
     def _batches(self, count: int) -> np.ndarray | None:
         """Batches ``(block, C, B)`` of the next ``count`` steps; the others are not looked at."""
