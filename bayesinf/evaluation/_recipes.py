@@ -19,8 +19,24 @@ __all__ = ["AdamWRecipe", "Recipe", "SGDRecipe", "Step"]
 
 SCHEDULES = ("cosine", "constant")
 
-Step = Callable[[Sequence[Tensor], float], None]
-"""``step(grads, rate)`` moves the parameters, in place."""
+
+@dataclass(frozen=True)
+class Step:
+    """A started optimiser: ``step(grads, rate)`` moves its parameters, in place.
+
+    Attributes
+    ----------
+    move
+        Does so.
+    moments
+        What it keeps of each parameter by now, by PyTorch's names.
+    """
+
+    move: Callable[[Sequence[Tensor], float], None]
+    moments: Callable[[], dict[str, list[Tensor]]]
+
+    def __call__(self, grads: Sequence[Tensor], rate: float) -> None:
+        self.move(grads, rate)
 
 
 class Recipe(Protocol):
@@ -114,7 +130,7 @@ class SGDRecipe:
                     v.add_(w, alpha=self.weight_decay)
                 w.add_(v, alpha=-rate)
 
-        return step
+        return Step(step, lambda: {"momentum_buffer": velocity})
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields, for attrs and stores."""
@@ -198,7 +214,11 @@ class AdamWRecipe:
             adam.step()
             adam.zero_grad()
 
-        return step
+        def moments() -> dict[str, list[Tensor]]:
+            kept = adam.state[params[0]]
+            return {key: [adam.state[p][key] for p in params] for key in kept}
+
+        return Step(step, moments)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields, for attrs and stores."""

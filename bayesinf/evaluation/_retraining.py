@@ -42,6 +42,8 @@ def train_one(
     train: Any,
     seed: int,
     subset: np.ndarray | xr.DataArray | None = None,
+    record: str | os.PathLike[str] | None = None,
+    checkpoints: int = 6,
 ) -> nn.Module:
     """Train one network by a recipe, by default on all the data: the model to attribute.
 
@@ -63,6 +65,11 @@ def train_one(
         Seed of the run.
     subset
         Boolean ``(n,)`` mask of the examples to train on; all by default.
+    record
+        Folder to record the run in, for :func:`bayesinf.open_checkpoints`: ids are positions in
+        ``train``. The network is the same, to the bit, as without.
+    checkpoints
+        How many checkpoints a recorded run has, each in the middle of as many steps.
 
     Returns
     -------
@@ -72,7 +79,11 @@ def train_one(
     Raises
     ------
     ValueError
-        If the mask is empty or of the wrong length.
+        If the mask is empty or of the wrong length, or there are fewer steps than checkpoints.
+    TypeError
+        If a recipe other than :class:`SGDRecipe` and :class:`AdamWRecipe` is to be recorded.
+    StoreError
+        If the folder holds a run, or cannot be written.
     """
     data = examples(initialise(make_model, 0), train, None, "train")
     mask = np.ones(len(data), dtype=bool) if subset is None else np.asarray(subset, dtype=bool)
@@ -82,7 +93,9 @@ def train_one(
             f"shape {mask.shape} with {int(mask.sum())} kept."
         )
     members = torch.from_numpy(np.flatnonzero(mask))
-    return train_looped(make_model, likelihood, recipe, data, members, row_seeds(mask, seed))
+    wanted = None if record is None else (record, checkpoints)
+    keys = row_seeds(mask, seed)
+    return train_looped(make_model, likelihood, recipe, data, members, keys, wanted)
 
 
 def retrain(

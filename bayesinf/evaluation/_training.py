@@ -22,6 +22,7 @@ from torch.func import functional_call, vmap
 from bayesinf._data import Examples
 from bayesinf._likelihoods import Likelihood
 from bayesinf.evaluation._recipes import Recipe
+from bayesinf.evaluation._recording import Record, Recording
 
 __all__ = ["RowSeeds", "choose_group_size", "row_seeds", "train_looped"]
 
@@ -72,6 +73,7 @@ def descend(
     members: Sequence[Tensor],
     seeds: Sequence[int],
     recipe: Recipe,
+    record: Recording | None = None,
 ) -> None:
     """Train ``params`` in place.
 
@@ -82,14 +84,19 @@ def descend(
     optimizer = recipe.optimizer(params)
     size = len(members[0])
     total, step = recipe.steps(size), 0
+    if record is not None:
+        record.begin()
     for _ in range(recipe.epochs):
         orders = [m[torch.randperm(size, generator=g)] for m, g in zip(members, generators)]  # noqa: B905
         order = torch.stack(orders)
         for start in range(0, size, recipe.batch_size):
-            loss = mean_loss(order[:, start : start + recipe.batch_size])
-            grads = torch.autograd.grad(loss, params)
-            optimizer(grads, recipe.rate(step, total))
+            batch = order[:, start : start + recipe.batch_size]
+            grads = torch.autograd.grad(mean_loss(batch), params)
+            rate = recipe.rate(step, total)
+            optimizer(grads, rate)
             step += 1
+            if record is not None:
+                record.step(batch[0], rate, optimizer)
 
 
 def train_looped(
@@ -99,10 +106,12 @@ def train_looped(
     data: Examples,
     members: Tensor,
     seeds: RowSeeds,
+    record: Record | None = None,
 ) -> nn.Module:
     """Train one network on the examples at positions ``members``; returned in eval mode."""
     model = initialise(make_model, seeds[0]).train()
     params = [p for p in model.parameters() if p.requires_grad]
+    recording = None if record is None else Recording(record, model, recipe, len(members))
 
     def mean_loss(positions: Tensor) -> Tensor:
         inputs, target = data.batch(positions[0])
@@ -110,7 +119,7 @@ def train_looped(
 
     with torch.random.fork_rng():
         torch.manual_seed(seeds[1])
-        descend(params, mean_loss, [members], [seeds[1]], recipe)
+        descend(params, mean_loss, [members], [seeds[1]], recipe, recording)
     return model.eval()
 
 
