@@ -20,6 +20,7 @@ import torch
 import xarray as xr
 
 from bayesinf import SGLD, LocalPosterior, Task, bif, ekfac, sample
+from bayesinf.attribution._trak import trak
 from benchmarks._peer_digits import load_task, to_peer
 
 __all__ = ["main"]
@@ -50,9 +51,14 @@ def _factored(task: Task, args: argparse.Namespace) -> xr.Dataset:
     return ekfac(task, fisher=args.fisher, damping=args.damping, seed=args.seed)
 
 
+def _regressed(task: Task, args: argparse.Namespace) -> xr.Dataset:
+    return trak(task, damping=args.damping, dimension=args.dimension, seed=args.seed)
+
+
 JOBS: dict[str, Callable[[Task, argparse.Namespace], xr.Dataset | None]] = {
     "sample": _sampling,
     "ekfac": _factored,
+    "trak": _regressed,
 }
 
 
@@ -73,6 +79,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     add("--scores", action="store_true", help="sample: compute the BIF too, on the same clock")
     add("--fisher", default="sampled")
     add("--damping", type=float, default=1e-3)
+    add("--dimension", type=int, default=512)
     add("--no-bias", action="store_true")
     add("--float64", action="store_true")
     args = parser.parse_args(argv)

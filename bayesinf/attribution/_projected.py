@@ -229,7 +229,8 @@ def second_moments(
     Returns
     -------
     Curvature
-        Dense blocks by their eigendecomposition: every damping afterwards costs nothing.
+        Dense blocks by their eigendecomposition: every damping afterwards costs nothing. What is
+        positive by rounding alone is 0.
     """
     totals: dict[str, Tensor] = {}
     for block in rows:
@@ -240,8 +241,10 @@ def second_moments(
     blocks = []
     for layer in layers:
         values, vectors = torch.linalg.eigh(totals[layer.name] / n)
+        rounding = layer.size * torch.finfo(torch.float64).eps * values[-1]
+        values = torch.where(values > rounding, values, 0.0)
         basis = DenseBasis(vectors.to(dtype).contiguous())
-        kept = values.clamp_min(0).to(dtype).view(layer.shape)
+        kept = values.to(dtype).view(layer.shape)
         blocks.append(Block(layer, "dense", basis, kept))
     return Curvature(tuple(blocks), {layer.name: layer.shape for layer in layers}, info)
 

@@ -12,7 +12,7 @@ from bayesinf._checkpoint import Checkpoint
 from bayesinf._task import Task
 from bayesinf.attribution._kronecker_scores import require_one_damping, resolve_damping
 from bayesinf.attribution._needs import GRADIENTS, likelihood_part
-from bayesinf.attribution._pairwise import Attribution, score
+from bayesinf.attribution._pairwise import Attribution, require_damping, score
 from bayesinf.attribution._projected import refuse
 from bayesinf.attribution._registry import register
 from bayesinf.attribution._scoring import Options, Scoring, resolve
@@ -56,8 +56,8 @@ def trak(
     task
         Network, likelihood, training and query examples.
     damping
-        λ, the ridge divided by n: ``Φᵀ Φ / n + λ``, in units of the mean of squared features. The
-        paper has none; scores can hinge on it, so that it must be given, and a sweep by
+        λ ≥ 0, the ridge divided by n: ``Φᵀ Φ / n + λ``, in units of the mean of squared features.
+        0 in the paper; scores can hinge on it, so that it must be given, and a sweep by
         ``features`` costs no further pass over the training set.
     relative_damping
         Instead: λ at a checkpoint as a multiple of the mean eigenvalue of ``Φᵀ Φ / n`` there.
@@ -91,7 +91,10 @@ def trak(
     Park et al. 2023, "TRAK: Attributing model behavior at scale", Eqs. 13-17.
     """
     (options, sign), costs = _options(scoring), Costs()
-    require_one_damping(damping, relative_damping)
+    if damping is not None and relative_damping is None:
+        require_damping(damping, positive=False)
+    else:
+        require_one_damping(damping, relative_damping)
     if features is None:
         features = trak_features(
             task,
