@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -102,7 +103,7 @@ class ChainFunctions:
             return [self.task.measure(m, params, batch) for m in measurements]
 
         def alone(w: Tensor, batch: Batch) -> list[Tensor]:
-            with FusedLinear():
+            with FusedLinear() if w.device.type == "cpu" else nullcontext():
                 return one(w, batch)
 
         return self._run(("observe", *measurements), one, position, (batch,), True, alone)
@@ -178,15 +179,16 @@ class ChainFunctions:
 
 
 def _loss_grad(task: Task, w: Tensor, batch: Batch, weights: Tensor | None = None) -> list[Tensor]:
-    """Gradient and losses of one chain by autograd alone, a few examples at a time.
+    """Gradient and losses of one chain by autograd alone.
 
     ``torch.func.grad`` would keep what a second derivative needs. Of a large network, activations
-    of all examples take more memory than a processor has near it.
+    of all examples take more memory than a processor has near it: there, a few at a time.
     """
     params = task.unflatten(w)
     given = (batch,) if weights is None else (batch, weights)
     size = len(tree_leaves(batch)[0])
-    step = _AT_ONCE if task.dimension > MAX_VECTORIZED_PARAMETERS else max(1, size)
+    few = task.dimension > MAX_VECTORIZED_PARAMETERS and w.device.type == "cpu"
+    step = _AT_ONCE if few else max(1, size)
     total: Tensor | None = None
     found = []
     for start in range(0, size, step):

@@ -27,7 +27,7 @@ from bayesinf._tokens import token_losses
 
 __all__ = ["Observer", "PaddingWarning", "fitting"]
 
-_OUTPUT_VALUES = 1 << 22
+_NEAR_VALUES, _DEVICE_VALUES = 1 << 22, 1 << 27
 _STATES = 32
 _LENGTHS = 8
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
@@ -145,6 +145,7 @@ class Observer:
 def fitting(task: Task, limit: int, chains: int) -> int:
     """Examples, up to ``limit``, whose outputs of all chains at once stay near the processor.
 
+    An accelerator takes as many as half a gigabyte holds: there, small chunks cost their launches.
     A language model's logits are most of what it computes in bytes; read again from memory for
     the losses, they cost more than the products that they come from. Where logits are never made,
     it is what layers compute on their way, a few tens of times the hidden states.
@@ -155,7 +156,8 @@ def fitting(task: Task, limit: int, chains: int) -> int:
         values = _STATES * outputs.hidden.numel()
     else:
         values = sum(leaf.numel() for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor))
-    return max(1, min(limit, _OUTPUT_VALUES // max(1, values * chains)))
+    most = _NEAR_VALUES if task.device.type == "cpu" else _DEVICE_VALUES
+    return max(1, min(limit, most // max(1, values * chains)))
 
 
 def _rounded_lengths(task: Task, group: str, observed: np.ndarray) -> np.ndarray | None:

@@ -285,7 +285,7 @@ def test_a_network_that_padding_changes_is_told():
 
 def test_large_outputs_go_in_smaller_chunks(monkeypatch):
     expected = run(draws=3, tokens="both")
-    monkeypatch.setattr(_observing, "_OUTPUT_VALUES", 7 * language_task.VOCABULARY * 2)
+    monkeypatch.setattr(_observing, "_NEAR_VALUES", 7 * language_task.VOCABULARY * 2)
     got, seen = shapes(monkeypatch)
     assert max(b for b, _ in seen) == 2
     assert got.draws == 4
