@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from bayesinf._likelihoods import Likelihood
 from bayesinf.evaluation import Recipe, SGDRecipe, open_bank, random_subsets, train_one
+from bayesinf.training import Checkpoints, open_checkpoints
 
 __all__ = ["BANKS", "GROUND_TRUTH", "BankPlan", "BenchmarkTask", "Data", "split"]
 
@@ -86,6 +88,15 @@ class BenchmarkTask:
         """Train the network that is attributed, on all the data: deterministic, takes seconds."""
         train, _ = self.data()
         return train_one(self.make_model, self.likelihood, self.recipe, train=train, seed=self.seed)
+
+    def record(self, folder: str | os.PathLike[str], checkpoints: int = 6) -> Checkpoints:
+        """Train that network again, to the bit the same, and record its run in a folder."""
+        train, _ = self.data()
+        train_one(
+            self.make_model, self.likelihood, self.recipe,
+            train=train, seed=self.seed, record=folder, checkpoints=checkpoints,
+        )  # fmt: skip
+        return open_checkpoints(folder)
 
     def bank(self, name: BankName = "evaluation", root: Path | None = None) -> xr.Dataset:
         """Open the shipped ground truth, or that under another directory ``root/TASK``."""
