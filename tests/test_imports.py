@@ -1,6 +1,7 @@
 """Which module may know of which: the directions of imports, read from the source."""
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ MODULES = {
 }
 
 
+@functools.cache
 def direct(name):
     """Names that a module imports when it is run, with the submodules of ``from a import b``."""
     found = set()
@@ -38,6 +40,7 @@ def direct(name):
     return {n for n in found if n in MODULES or not n.startswith("bayesinf")}
 
 
+@functools.cache
 def closure(name):
     """All that a module needs, directly or through other modules of the package.
 

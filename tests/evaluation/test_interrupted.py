@@ -49,7 +49,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(tmp_path: Path, start: Start, ranks: int, seed: int) -> None:
     """SIGKILL five times, of either rank: no row is lost, and none trained again but those in hand.
 
