@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import xarray as xr
+from scipy import stats
 
-__all__ = ["COST_TITLES", "estimates", "half_widths", "title_of"]
+__all__ = ["CONFIDENCE", "COST_TITLES", "estimates", "half_widths", "monte_carlo", "title_of"]
+
+CONFIDENCE = 0.95
+"""Of the intervals that scores' Monte-Carlo errors give."""
 
 COST_TITLES = {
     "seconds": "seconds",
@@ -73,3 +77,16 @@ def half_widths(table: xr.Dataset, name: str) -> np.ndarray:
     lower, upper = (table[end].values for end in estimates(table)[name])
     value = table[name].values
     return np.maximum(np.stack([value - lower, upper - value]), 0.0)
+
+
+def monte_carlo(scores: xr.Dataset, name: str = "mcse") -> np.ndarray | None:
+    """Half the widths of 95 % intervals by the standard errors ``name``; None without any.
+
+    ``t·mcse`` of Student's t with ``attrs["mcse_df"]`` degrees of freedom, or of the normal where
+    scores name none.
+    """
+    if name not in scores:
+        return None
+    freedom = float(scores.attrs.get("mcse_df", np.inf))
+    half: np.ndarray = stats.t.ppf(0.5 + CONFIDENCE / 2, freedom) * scores[name].values
+    return half
