@@ -10,13 +10,13 @@ update, for all ``n`` examples together.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 
 import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor
-from torch.func import grad, jvp, vjp, vmap
+from torch.func import grad, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
@@ -123,8 +123,7 @@ def responses(task: Task, checkpoints: Checkpoints) -> tuple[Tensor, Tensor]:
             move = partial(
                 _moved, rule, rate=_spread(task, rule, rate), decay=decay, step=first + step
             )
-            tangents = _in_blocks(partial(_carried, move, state, gradient), tangents, pushed)
-            state = move(*state, gradient)
+            state, tangents = _carried(move, (*state, gradient), (*tangents, pushed))
     return state[0], tangents[0]
 
 
@@ -135,12 +134,16 @@ def _moved(
     return updated(rule, tuple(state), gradient, rate, decay, step)
 
 
-def _carried(
-    move: Callable[..., State], state: State, gradient: Tensor, *tangents: Tensor
-) -> State:
-    """Derivatives of a step in directions ``(b, d)`` of its state and gradient."""
-    found: State = vmap(lambda *own: jvp(move, (*state, gradient), own)[1])(*tangents)
-    return found
+def _carried(move: Callable[..., State], inputs: State, tangents: State) -> tuple[State, State]:
+    """A step and its derivatives ``(n, d)``; each entry moves by itself."""
+    pair = vjp(move, *inputs)
+    outputs, pull = pair[0], pair[1]
+    found = []
+    for k in range(len(outputs)):
+        ones = (torch.full_like(x, float(k == j)) for j, x in enumerate(outputs))
+        terms = (slope * own for slope, own in zip(pull(tuple(ones)), tangents, strict=True))
+        found.append(reduce(torch.add, terms))
+    return tuple(x.detach() for x in outputs), tuple(found)
 
 
 def _pushed(
@@ -154,17 +157,10 @@ def _pushed(
 
     pair = vjp(grad(total), position)
     gradient, pull = pair[0], pair[1]
-    (pushed,) = _in_blocks(lambda rows: (vmap(lambda v: pull(v)[0])(rows),), (tangent,))
+    size = max(1, _ELEMENTS // len(position))
+    pushed = torch.cat([vmap(lambda v: pull(v)[0])(rows) for rows in tangent.split(size)])
     own = _gradients(task, batch, position, "loss") * (scale / len(where))
     return gradient.detach(), pushed.detach().index_add(0, where.to(own.device), own)
-
-
-def _in_blocks(function: Callable[..., State], rows: State, *more: Tensor) -> State:
-    """Apply a function of rows ``(n, d)``, some of them at a time."""
-    size = max(1, _ELEMENTS // rows[0].shape[1])
-    blocks = [x.split(size) for x in (*rows, *more)]
-    found = [function(*parts) for parts in zip(*blocks, strict=True)]
-    return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
 
 
 def _gradients(task: Task, batch: Batch, position: Tensor, measurement: Measurement) -> Tensor:

@@ -101,8 +101,6 @@ class RunWriter:
         if not self.resumed:
             with disk(f"making {self.folder}"):
                 self.folder.mkdir(parents=True, exist_ok=True)
-            if self._at_node():
-                self._held["nodes"].append(0)
             self._commit(tensors)
 
     def add(self, rates: Sequence[float], ids: np.ndarray | None, tensors: Tensors) -> None:
@@ -111,7 +109,6 @@ class RunWriter:
         self._batches.append(ids)
         self.steps += 1
         if self._at_node():
-            self._held["nodes"].append(self.steps)
             self._commit(tensors)
 
     def finish(self, tensors: Tensors) -> None:
@@ -125,19 +122,24 @@ class RunWriter:
         return bool(self.steps % every == every // 2)
 
     def _commit(self, tensors: Tensors) -> None:
-        held, before = self._held, self._held["last"]
-        path = checkpoint_path(self.folder, self.steps)
+        before, now = self._held["last"], self.steps
+        chunks = [[before, now]] if self._rates else []
+        held = {
+            **self._held,
+            "nodes": self._held["nodes"] + ([now] if self._at_node() else []),
+            "last": now,
+            "chunks": self._held["chunks"] + chunks,
+        }
+        path = checkpoint_path(self.folder, now)
         with disk(f"writing {path}", "Free space and resume the run."):
             with replacing(path) as file:
                 file.write(save(tensors()))
             if self._rates:
-                held["chunks"].append([before, self.steps])
-                with replacing(steps_path(self.folder, before, self.steps)) as file:
+                with replacing(steps_path(self.folder, before, now)) as file:
                     np.savez(file, **_packed(self._rates, self._batches))
-            held["last"] = self.steps
             with replacing(self.folder / "run.json") as file:
                 file.write(json.dumps(held).encode())
-        self._rates, self._batches = [], []
+        self._held, self._rates, self._batches = held, [], []
         if before and before not in held["nodes"]:  # where an earlier session closed
             checkpoint_path(self.folder, before).unlink(missing_ok=True)
 
