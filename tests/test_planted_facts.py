@@ -3,8 +3,8 @@
 The experiment is that of tutorial 04 (20 made-up facts in 20 of 220 documents, a GPT-NeoX of one
 layer), with other data, another network and other draws: its cells run with another seed, and what
 they find is judged here from the losses and the scores, not by their own functions. It takes 50 s
-of processor time, half of it for 800 draws with the losses of all tokens: the tutorial itself, which
-ends in the same bars for its own seed, is what every run tests.
+of processor time, half of it for 800 draws with the losses of all tokens. Every run tests the
+tutorial itself, which ends in the same bars for its own seed.
 """
 
 from pathlib import Path
