@@ -16,8 +16,15 @@ __all__ = ["COSTS", "Named", "named", "with_costs"]
 Named = Mapping[str, xr.Dataset] | Sequence[xr.Dataset] | xr.Dataset
 """Scores by name, a list of them, or those of one method."""
 
-COSTS = ("seconds", "forward_examples", "backward_examples", "peak_memory")
-"""Attributes of scores: time by stage, examples passed forward and backward, bytes."""
+COSTS = (
+    "seconds",
+    "processor_seconds",
+    "forward_examples",
+    "backward_examples",
+    "peak_memory",
+    "disk",
+)
+"""Attributes of scores: seconds by stage and of processors, examples passed, bytes."""
 
 
 def named(scores: Named) -> dict[str, xr.Dataset]:
