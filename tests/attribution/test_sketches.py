@@ -23,7 +23,7 @@ from tests import exact
 from tests.layered_cases import LAYERED_BY_NAME
 
 NAMES = (
-    "mlp-categorical", "conv-groups", "tied", "called-twice", "words", "layer-norm", "raw",
+    "mlp-categorical", "conv-groups", "tied", "words", "layer-norm", "raw",
     "decoder-tied",
 )  # fmt: skip
 LAM = 0.05
