@@ -15,7 +15,8 @@ from bayesinf.attribution._run_gradients import RunGradients, bounded, run_attrs
 from bayesinf.attribution._scoring import Scoring, resolve
 from bayesinf.curvature._accounting import Costs
 from bayesinf.curvature._find import find_layers
-from bayesinf.training._runs import Checkpoints, nearest_nodes, placed
+from bayesinf.training._intervals import nearest_nodes
+from bayesinf.training._runs import Checkpoints, placed
 
 __all__ = ["tracin"]
 

@@ -1,6 +1,7 @@
 """The benchmark tasks and the ground truth that ships with them."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -188,3 +189,12 @@ def test_tokens_of_pydoc_gpt() -> None:
 def test_unknown_task() -> None:
     with pytest.raises(ValueError, match="unknown task 'cifar'; the tasks are digits-mlp"):
         get_task("cifar")
+
+
+def test_a_recorded_training_ends_at_the_checkpoint(tmp_path) -> None:
+    task = get_task("diabetes-mlp")
+    task = replace(task, recipe=replace(task.recipe, epochs=4))
+    run, model = task.record(tmp_path), task.checkpoint()
+    assert (run.total, len(run)) == (36, 6)
+    end = run.weights(run.total)
+    assert all(torch.equal(end[name], value) for name, value in model.state_dict().items())

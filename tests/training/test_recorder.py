@@ -11,7 +11,7 @@ from torch import nn
 import bayesinf as bi
 from bayesinf.evaluation import AdamWRecipe, SGDRecipe, train_one
 from bayesinf.training import CheckpointRecorder, _writing, open_checkpoints, unrolled_response
-from bayesinf.training._runs import interval_sums
+from bayesinf.training._intervals import interval_sums
 from tests.recorded_runs import ADAMW, SGD, STEPS, N, Tied, batches, mlp, numbers, recorded
 
 
