@@ -141,15 +141,16 @@ def logra(
         identity["fisher"] = fisher
     with GradientSource(task, layers, costs) as source:
         projected = ProjectedGradients(source, projection)
-        keep_gradients(
-            projected,
-            measurement="loss",
-            path=None if folder is None else folder / "gradients",
-            identity=identity,
-            batch_size=options.batch_size,
-            memory_limit=memory_limit,
-            costs=costs,
-        )
+        if folder is not None or fisher == "empirical" or options.train_tokens is None:
+            keep_gradients(
+                projected,
+                measurement="loss",
+                path=None if folder is None else folder / "gradients",
+                identity=identity,
+                batch_size=options.batch_size,
+                memory_limit=memory_limit,
+                costs=costs,
+            )
         curvature = _curvature(source, projected, fisher, seed, folder, options, costs)
         lam = resolve_damping(curvature, damping, relative_damping)
         method = Attribution(

@@ -11,7 +11,7 @@ import xarray as xr
 from bayesinf._checkpoint import Checkpoint
 from bayesinf._task import Task
 from bayesinf.attribution._kronecker_scores import require_one_damping, resolve_damping
-from bayesinf.attribution._needs import GRADIENTS, likelihood_part
+from bayesinf.attribution._needs import GAUSS_NEWTON_PRODUCTS, likelihood_part
 from bayesinf.attribution._pairwise import Attribution, require_damping, score
 from bayesinf.attribution._projected import refuse
 from bayesinf.attribution._registry import register
@@ -26,7 +26,7 @@ __all__ = ["trak"]
 @register(
     "similarity",
     "ridge regression on projected margin gradients",
-    needs=(*GRADIENTS, likelihood_part("margin")),
+    needs=(*GAUSS_NEWTON_PRODUCTS, likelihood_part("margin")),
     one_of=(("damping", "relative_damping"),),
 )
 def trak(
@@ -83,6 +83,8 @@ def trak(
         ``features`` or ``gradients`` belong to another task, or a gradient is not finite.
     NotPositiveDefiniteError
         If λ is 0 and ``Φᵀ Φ`` is singular, as it is for ``dimension > n`` (a ``ValueError``).
+    TypeError
+        If the network's outputs are not one tensor.
     NotImplementedError
         If the likelihood has no ``margin``.
 

@@ -133,6 +133,8 @@ def trak_features(
     ValueError
         If an argument is out of range, there are no checkpoints, memory would not suffice,
         ``gradients`` holds others, or a gradient is not finite.
+    TypeError
+        If the network's outputs are not one tensor.
     NotImplementedError
         If the likelihood has no ``margin``.
 
@@ -209,11 +211,17 @@ def _slopes(task: Task, batch_size: int, costs: Costs) -> Tensor:
     is one only output by output (positions of a sequence), the multiple of the margin's gradient in
     the outputs that is nearest to the loss's: a mean of those of the parts.
     """
-    margin, found = task.likelihood.margin, []  # type: ignore[attr-defined]
+    margin, found = require(task.likelihood, "margin", "trak"), []
     with costs.stage("slopes"):
         for where, batch in task.train.batches(batch_size):
             with torch.no_grad():
                 outputs = task.outputs(task.params, batch)
+            if not isinstance(outputs, Tensor):
+                raise TypeError(
+                    f"trak needs outputs that are one tensor, examples first; "
+                    f"{type(task.module).__name__} returns a {type(outputs).__name__}. Wrap the "
+                    f"module so that it returns the tensor the margin is computed from."
+                )
             costs.forward_examples += where.stop - where.start
             with torch.enable_grad():
                 leaf = outputs.detach().requires_grad_()

@@ -253,3 +253,31 @@ def test_bad_arguments(options, message):
 def test_a_likelihood_without_margin():
     with pytest.raises(NotImplementedError, match="trak needs `margin`"):
         trak(make("mlp-gaussian"), damping=1.0)
+
+
+class Pair(nn.Module):
+    """Two outputs in a dict."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(3, 2)
+
+    def forward(self, x):
+        return {"logits of classes": self.fc(x)}
+
+
+class OfPair:
+    """Log-odds from them."""
+
+    def loss(self, outputs, target):
+        return bi.Categorical().loss(outputs["logits of classes"], target)
+
+    def margin(self, outputs, target):
+        return bi.Categorical().margin(outputs["logits of classes"], target)
+
+
+def test_outputs_that_are_no_tensor():
+    x, y = torch.randn(5, 3), torch.tensor([0, 1, 1, 0, 1])
+    task = bi.Task(Pair(), OfPair(), train=(x, y), query=(x, y))
+    with pytest.raises(TypeError, match="Pair returns a dict"):
+        trak(task, damping=1.0, dimension=3)
