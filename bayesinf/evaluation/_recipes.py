@@ -15,24 +15,27 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["AdamWRecipe", "Recipe", "SGDRecipe", "Step"]
+__all__ = ["AdamWRecipe", "Recipe", "SGDRecipe", "StatedStep", "Step"]
 
 SCHEDULES = ("cosine", "constant")
 
+Step = Callable[[Sequence[Tensor], float], None]
+"""``step(grads, rate)`` moves the parameters, in place."""
+
 
 @dataclass(frozen=True)
-class Step:
-    """A started optimiser: ``step(grads, rate)`` moves its parameters, in place.
+class StatedStep:
+    """A step that shows what its optimiser keeps.
 
     Attributes
     ----------
     move
-        Does so.
+        The step.
     moments
-        What it keeps of each parameter by now, by PyTorch's names.
+        What is kept of each parameter by now, by PyTorch's names.
     """
 
-    move: Callable[[Sequence[Tensor], float], None]
+    move: Step
     moments: Callable[[], dict[str, list[Tensor]]]
 
     def __call__(self, grads: Sequence[Tensor], rate: float) -> None:
@@ -118,7 +121,7 @@ class SGDRecipe:
         total = self.steps(size)
         return [self.rate(step, total) for step in range(total)]
 
-    def optimizer(self, params: Sequence[Tensor]) -> Step:
+    def optimizer(self, params: Sequence[Tensor]) -> StatedStep:
         """Start the optimiser, with velocities 0."""
         velocity = [torch.zeros_like(p) for p in params]
 
@@ -130,7 +133,7 @@ class SGDRecipe:
                     v.add_(w, alpha=self.weight_decay)
                 w.add_(v, alpha=-rate)
 
-        return Step(step, lambda: {"momentum_buffer": velocity})
+        return StatedStep(step, lambda: {"momentum_buffer": velocity})
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields, for attrs and stores."""
@@ -201,7 +204,7 @@ class AdamWRecipe:
         total = self.steps(size)
         return [self.rate(step, total) for step in range(total)]
 
-    def optimizer(self, params: Sequence[Tensor]) -> Step:
+    def optimizer(self, params: Sequence[Tensor]) -> StatedStep:
         """Start the optimiser, with moments 0."""
         adam = torch.optim.AdamW(
             params, self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay
@@ -218,7 +221,7 @@ class AdamWRecipe:
             kept = adam.state[params[0]]
             return {key: [adam.state[p][key] for p in params] for key in kept}
 
-        return Step(step, moments)
+        return StatedStep(step, moments)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields, for attrs and stores."""

@@ -6,7 +6,7 @@ import os
 
 from torch import Tensor, nn
 
-from bayesinf.evaluation._recipes import AdamWRecipe, Recipe, SGDRecipe, Step
+from bayesinf.evaluation._recipes import AdamWRecipe, Recipe, SGDRecipe, StatedStep, Step
 from bayesinf.training._recorder import model_tensors
 from bayesinf.training._rules import Rule
 from bayesinf.training._writing import RunWriter
@@ -51,6 +51,7 @@ class Recording:
 
     def step(self, positions: Tensor, rate: float, optimizer: Step) -> None:
         """Record a step; the last one closes the run."""
+        assert isinstance(optimizer, StatedStep)  # as those of all recipes that have a rule
         ids = positions.numpy()
         self._writer.add([rate], ids, lambda: self._tensors(optimizer.moments()))
         if self._writer.steps == self._total:
