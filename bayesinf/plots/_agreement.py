@@ -63,8 +63,8 @@ def plot_agreement(x: xr.Dataset, y: xr.Dataset, *, ax: Axes | None = None) -> A
     ax.axline((0, 0), slope=1, color=ACCENT, linestyle="--", linewidth=1.2, label="x = y")
     names = [str(scores.attrs.get("method", name)) for scores, name in ((x, "x"), (y, "y"))]
     ends = [f", {100 * CONFIDENCE:g} % interval" if h is not None else "" for h in half]
-    ax.set_xlabel(f"{names[0]}: d E[φ] / d b in units of φ{ends[0]}")
-    ax.set_ylabel(f"{names[1]}: d E[φ] / d b in units of φ{ends[1]}")
+    ax.set_xlabel(f"{names[0]}: d E[φ] / d b,\nunits of φ{ends[0]}")
+    ax.set_ylabel(f"{names[1]}: d E[φ] / d b,\nunits of φ{ends[1]}")
     constant = np.ptp(value, axis=1).min() == 0
     r = "undefined" if constant else f"{np.corrcoef(value)[0, 1]:.3f}"
     ax.set_title(f"{value.shape[1]} pairs, correlation {r}", fontsize="small")

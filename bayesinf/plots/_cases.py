@@ -21,7 +21,9 @@ _INTERVAL = f"{100 * CONFIDENCE:g} % interval"
 _FUNCTIONAL_VARIANCE = 0.4
 _SMALL: dict[str, Any] = points() | {"markersize": 3, "capsize": 0, "elinewidth": 0.7}
 _MARK: dict[str, Any] = {
-    "marker": "D", "markersize": 7, "markerfacecolor": "none", "color": ACCENT, "linestyle": "none"
+    "marker": "D", "markersize": 7, "markerfacecolor": "none", "color": ACCENT, "linestyle": "none",
+    "zorder": 4,
+    "markeredgewidth": 1.6,
 }  # fmt: skip
 
 

@@ -79,9 +79,10 @@ def plot_forest(
     cases = scores.attrs.get("method") == "case_influence"
     ax.set_ylabel("observation" if cases else "training example")
     interval = "" if half is None else f", {100 * CONFIDENCE:g} % interval"
-    what = f"influence on {query}, d E[φ] / d b in units of φ"
+    name = query if cases else f"query {query}"
+    what = f"influence on {name}, d E[φ] / d b in units of φ"
     if scores.attrs.get("estimand") == "similarity":
-        what = f"−similarity to {query}, no unit"
+        what = f"−similarity to {name}, no unit"
     ax.set_xlabel(what + interval)
     return ax
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["plot_heat_map"]
 
-_QUANTILE = 0.99
+_QUANTILE = 0.95
 
 
 def plot_heat_map(
@@ -28,7 +28,7 @@ def plot_heat_map(
 ) -> Axes:
     """Draw the influence of every training example on every query as colour: blue lowers φ.
 
-    The scale ends at the 99th percentile of sizes, as a few pairs are far above the others. A pixel
+    The scale ends at the 95th percentile of sizes, as a few pairs are far above the others. A pixel
     has no room for an error: the title says which share of pairs has a 95 % interval without 0.
 
     Parameters

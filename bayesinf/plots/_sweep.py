@@ -85,7 +85,7 @@ def plot_sweep(
     if min(settings) > 0:
         ax.set_xscale("log")
     ax.set_xlabel(_SETTINGS.get(along, along.replace("_", " ")))
-    unit = {"influence": "influence, d E[φ] / d b in units of φ"}
+    unit = {"influence": "influence, d E[φ] / d b,\nunits of φ"}
     ax.set_ylabel(unit.get(variable, title_of(variable)) + _interval(found[settings[0]], low))
     if entries or ax.get_legend_handles_labels()[1] != [variable]:
         ax.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1.0))
