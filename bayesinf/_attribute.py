@@ -104,7 +104,7 @@ def available_methods(task: Task) -> xr.Dataset:
     Returns
     -------
     xr.Dataset
-        By ``method``: ``runs``, ``reason`` (why it does not; empty where it does), ``estimand``,
+        By ``name``: ``runs``, ``reason`` (why it does not; empty where it does), ``estimand``,
         ``summary``, ``needs``, ``required`` (options that must be given), ``options`` (all that it
         takes) and ``source`` (the package it comes from). ``.to_dataframe()`` prints well.
 
@@ -123,8 +123,8 @@ def available_methods(task: Task) -> xr.Dataset:
     _require_task(task)
     methods = all_methods()
     columns: dict[str, list[Any]] = {
-        name: []
-        for name in (
+        key: []
+        for key in (
             "runs", "reason", "estimand", "summary", "needs", "required", "options", "source",
         )
     }  # fmt: skip
@@ -141,11 +141,11 @@ def available_methods(task: Task) -> xr.Dataset:
             "options": ", ".join(sorted(row.takes)),
             "source": source,
         }
-        for name, value in found.items():
-            columns[name].append(value)
+        for key, value in found.items():
+            columns[key].append(value)
     return xr.Dataset(
-        {name: ("method", text_labels(np.array(values))) for name, values in columns.items()},
-        coords={"method": text_labels(np.array(list(methods)))},
+        {key: ("name", text_labels(np.array(values))) for key, values in columns.items()},
+        coords={"name": text_labels(np.array(list(methods)))},
     )
 
 

@@ -84,7 +84,8 @@ class Method:
             if parameter.kind is not parameter.VAR_KEYWORD:
                 found[parameter.name] = parameter.annotation
                 continue
-            (typed,) = get_args(typing.get_type_hints(self.function)[parameter.name]) or (None,)
+            hint = typing.get_type_hints(self.function).get(parameter.name)
+            (typed,) = get_args(hint) or (None,)
             if not is_typeddict(typed):
                 raise TypeError(
                     f"{self.name} takes **{parameter.name} without saying which. Name its options "

@@ -181,7 +181,7 @@ def _figure(table: xr.Dataset) -> Figure:
     plot_lds(table, ax=left, labels=labels)
     timed = table["seconds"].values
     if (timed[np.isfinite(timed)] > 0).any():
-        left.set_subplotspec(figure.add_gridspec(1, 2)[0])
-        right = figure.add_subplot(figure.axes[0].get_gridspec()[1])
-        plot_lds_time(table, ax=right, labels=labels)
+        grid = figure.add_gridspec(1, 2)
+        left.set_subplotspec(grid[0])
+        plot_lds_time(table, ax=figure.add_subplot(grid[1]), labels=labels)
     return figure

@@ -156,17 +156,6 @@ def test_a_constant_spectrum_is_grad_dot(rng):
         exact.close(scores.influence, (-g / (6 * 1.5)).numpy())
 
 
-def test_own_influence_is_helpful():
-    """Up-weighting an example lowers its own loss."""
-    task = LAYERED_BY_NAME["mlp-categorical"].task()
-    same = bi.Task(
-        task.module, task.likelihood, train=task.train.batch(), query=task.train.batch(),
-        parameters=".*",
-    )  # fmt: skip
-    scores = ekfac(same, fisher="empirical", damping=0.1)
-    assert (np.diag(scores.influence.values) < 0).all()
-
-
 # ---------------------------------------------------------------- how it is computed
 
 
