@@ -59,7 +59,7 @@ def features(
                 parts.append(_pool(seen, batch, name))
                 costs.forward_examples += len(parts[-1])
             found.append(torch.cat(parts))
-    return found[0], found[1], module or f"{name} (input)"
+    return found[0], found[1], module or f"{name or '(model)'} (input)"
 
 
 @contextmanager

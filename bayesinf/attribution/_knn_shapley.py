@@ -64,11 +64,11 @@ def knn_shapley(
     Jia et al. 2019, "Efficient task-specific data valuation for nearest neighbor algorithms",
     Theorem 1.
     """
+    labels, wanted = class_labels(task, "train"), class_labels(task, "query")
     if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= task.n:
         raise ValueError(f"k must lie between 1 and the {task.n} training examples; got {k!r}.")
     costs = Costs()
     with costs.stage("scores"):
-        labels, wanted = class_labels(task, "train"), class_labels(task, "query")
         query, train, name = features(task, module, batch_size, costs)
         distance = torch.cdist(query, train, compute_mode="donot_use_mm_for_euclid_dist")
         match = wanted[:, None] == labels

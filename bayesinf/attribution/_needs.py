@@ -96,10 +96,10 @@ def _no_classes(task: Task, options: Mapping[str, Any]) -> str | None:
     target = task.train.batch(slice(0, 1))[1]
     if isinstance(target, Tensor) and target.ndim == 1 and not target.is_floating_point():
         return None
-    kind = (
-        f"{target.dtype} {tuple(target.shape[1:])}" if isinstance(target, Tensor) else "no tensor"
-    )
-    return f"targets are no class labels, one integer an example ({kind} an example)"
+    kind = type(target).__name__
+    if isinstance(target, Tensor):
+        kind = f"{str(target.dtype).removeprefix('torch.')} {tuple(target.shape[1:])}"
+    return f"targets are {kind} an example, not one integer that names a class"
 
 
 def _no_linear_layer(task: Task, options: Mapping[str, Any]) -> str | None:

@@ -267,7 +267,7 @@ def _per_size(
         return _inverse(squared_norms(moved).sqrt())
     own = inner(moved, rows)
     if bool((own < 0).any()):
-        bad = train.axis.examples[where][int((own < 0).nonzero()[0])]
+        bad = train.axis.examples[where].tolist()[int((own < 0).nonzero()[0])]
         raise ValueError(
             f"relative='loss' divides by the root of the self-influence, and that of train example "
             f"{bad!r} has the wrong sign. Usual cause: a curvature that is not positive definite, "
