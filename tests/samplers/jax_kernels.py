@@ -37,7 +37,11 @@ class Given:
         return self.given
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
+QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+"""To compile, not to run."""
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2), compiler_options=QUICKLY)
 def run(program, kernel, part, problem, settings, start, noise, keys):
     function = getattr(KERNELS[kernel], part)
     potential = JaxPotential(program, problem, None)

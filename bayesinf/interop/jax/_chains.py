@@ -53,20 +53,6 @@ class _Keyed:
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _init(
-    program: Program,
-    kernel: type,
-    problem: Problem,
-    settings: Settings,
-    keys: jax.Array,
-    position: jax.Array,
-    batch: jax.Array | None,
-) -> State:
-    potential = JaxPotential(program, problem, batch)
-    return KERNELS[kernel].init(settings, position, potential, _Keyed(keys, _START))
-
-
-@partial(jax.jit, static_argnums=(0, 1))
 def _advance(
     program: Program,
     kernel: type,
@@ -132,6 +118,13 @@ def _gradient(
 
 
 @partial(jax.jit, static_argnums=0)
+def _density(
+    program: Program, problem: Problem, position: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    return JaxPotential(program, problem, None).density(position)
+
+
+@partial(jax.jit, static_argnums=0)
 def _mean_loss_gradient(program: Program, problem: Problem, position: jax.Array) -> jax.Array:
     return JaxPotential(program, problem, None).loss_grad(position)
 
@@ -146,6 +139,19 @@ def _hessian_product(
 ) -> jax.Array:
     grad = JaxPotential(program, problem, batch).grad
     return jax.jvp(grad, (position,), (vector,))[1]
+
+
+class _Compiled:
+    """What :class:`JaxPotential` has that is asked for outside of a program."""
+
+    def __init__(self, program: Program, problem: Problem, batch: Any) -> None:
+        self.program, self.problem, self.batch = program, problem, batch
+
+    def grad(self, position: jax.Array) -> jax.Array:
+        return _gradient(self.program, self.problem, position, self.batch)
+
+    def density(self, position: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return _density(self.program, self.problem, position)
 
 
 class _ForTorch:
@@ -203,6 +209,7 @@ class JaxChains:
         self.stream = BatchStream(plan.seed, plan.chains, task.n, size)
         seeds = [chain_seeds(plan.seed, c) for c in range(plan.chains)]
         self.keys = jnp.asarray(np.stack(seeds))
+        self._first = _Keyed(self.keys, _START)
         self.problem = self._problem()
         self.groups = {
             group: _rows(task.examples(group).data, where) for group, where in plan.observed.items()
@@ -240,10 +247,9 @@ class JaxChains:
         plan, center = self.plan, _tensor(self.weights.flat)
         start = starting_points(center, plan.chains, plan.superchains, plan.spread, plan.seed)
         batches = self._batches(1)
-        self.state = _init(
-            self.program, self.kernel, self.problem, self.settings, self.keys, _array(start),
-            None if batches is None else batches[0],
-        )  # fmt: skip
+        potential = _Compiled(self.program, self.problem, None if batches is None else batches[0])
+        init = KERNELS[self.kernel].init
+        self.state = init(self.settings, jnp.asarray(start.numpy()), potential, self._first)
 
     def freeze(self) -> None:
         """Stop whatever adapts, as the kernel's own class does."""

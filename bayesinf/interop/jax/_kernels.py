@@ -23,13 +23,25 @@ import jax.numpy as jnp
 from bayesinf.interop.jax._potential import JaxPotential
 from bayesinf.samplers import MALA, SGHMC, SGLD, SGNHT, RMSpropSGLD, Underdamped
 
-__all__ = ["KERNELS", "Kernel", "Normals", "Settings", "State"]
+__all__ = ["KERNELS", "Kernel", "Normals", "Settings", "Slopes", "State"]
 
 State = dict[str, jax.Array]
 """Named arrays, each with a leading chain dimension; ``"position"`` is always there."""
 
 Settings = dict[str, Any]
 """Numbers by the names of a kernel's fields."""
+
+
+class Slopes(Protocol):
+    """What a kernel may ask of a potential before its first step."""
+
+    def grad(self, position: jax.Array) -> jax.Array:
+        """``∇U (C, d)``, of the first step's batch."""
+        ...
+
+    def density(self, position: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """``−U (C,)`` and its gradient."""
+        ...
 
 
 class Normals(Protocol):
@@ -58,7 +70,7 @@ class Kernel:
         Whether proposals may be refused, and ``step`` gives the probabilities of acceptance.
     """
 
-    init: Callable[[Settings, jax.Array, JaxPotential, Normals], State]
+    init: Callable[[Settings, jax.Array, Slopes, Normals], State]
     step: Callable[[Settings, State, JaxPotential, Normals], tuple[State, jax.Array | None]]
     decides: bool = False
 
@@ -66,7 +78,7 @@ class Kernel:
 # ------------------------------------------------------------------------------ without momentum
 
 
-def _at_rest(s: Settings, position: jax.Array, potential: JaxPotential, rng: Normals) -> State:
+def _at_rest(s: Settings, position: jax.Array, potential: Slopes, rng: Normals) -> State:
     return {"position": position}
 
 
@@ -76,9 +88,7 @@ def _sgld(s: Settings, state: State, potential: JaxPotential, rng: Normals) -> t
     return {"position": position - 0.5 * step * potential.grad(position) + noise}, None
 
 
-def _start_rmsprop(
-    s: Settings, position: jax.Array, potential: JaxPotential, rng: Normals
-) -> State:
+def _start_rmsprop(s: Settings, position: jax.Array, potential: Slopes, rng: Normals) -> State:
     count = jnp.zeros(len(position), position.dtype)
     return {"position": position, "square": jnp.zeros_like(position), "adapted": count}
 
@@ -105,10 +115,8 @@ def _scale(s: Settings, state: State) -> jax.Array:
     return 1 / (jnp.sqrt(state["square"] / correction[:, None]) + s["eps"])
 
 
-def _start_mala(s: Settings, position: jax.Array, potential: JaxPotential, rng: Normals) -> State:
-    value, slope = potential.program.over_chains(
-        jax.value_and_grad(potential.log_density), position
-    )
+def _start_mala(s: Settings, position: jax.Array, potential: Slopes, rng: Normals) -> State:
+    value, slope = potential.density(position)
     return {"position": position, "log_density": value, "slope": slope}
 
 
@@ -132,7 +140,7 @@ def _mala(
 # ------------------------------------------------------------------------------ with momentum
 
 
-def _with_force(s: Settings, position: jax.Array, potential: JaxPotential, rng: Normals) -> State:
+def _with_force(s: Settings, position: jax.Array, potential: Slopes, rng: Normals) -> State:
     momentum = rng.normal_like(position)
     return {"position": position, "momentum": momentum, "force": potential.grad(position)}
 
@@ -150,9 +158,7 @@ def _underdamped(
     return {"position": position, "momentum": after - 0.5 * h * force, "force": force}, None
 
 
-def _with_momentum(
-    s: Settings, position: jax.Array, potential: JaxPotential, rng: Normals
-) -> State:
+def _with_momentum(s: Settings, position: jax.Array, potential: Slopes, rng: Normals) -> State:
     return {"position": position, "momentum": rng.normal_like(position)}
 
 
@@ -164,9 +170,7 @@ def _sghmc(s: Settings, state: State, potential: JaxPotential, rng: Normals) -> 
     return {"position": position, "momentum": (1 - s["friction"] * h) * momentum + kick}, None
 
 
-def _with_thermostat(
-    s: Settings, position: jax.Array, potential: JaxPotential, rng: Normals
-) -> State:
+def _with_thermostat(s: Settings, position: jax.Array, potential: Slopes, rng: Normals) -> State:
     thermostat = jnp.full((len(position), 1), s["friction"], position.dtype)
     return {**_with_force(s, position, potential, rng), "thermostat": thermostat}
 

@@ -88,6 +88,13 @@ class JaxPotential:
         """Gradient ``(C, d)`` of the potential."""
         return self.assemble(position, self.loss_grad(position))
 
+    def density(self, position: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """:meth:`log_density` ``(C,)`` and its gradient ``(C, d)``."""
+        found: tuple[jax.Array, jax.Array] = self.program.over_chains(
+            jax.value_and_grad(self.log_density), position
+        )
+        return found
+
     def log_density(self, w: jax.Array) -> jax.Array:
         """``−U`` at weights ``(d,)`` of one chain, over all examples, up to a constant."""
         p, away = self.problem, w - self.problem["center"]
