@@ -3,7 +3,6 @@
 from bayesinf.plots._agreement import plot_agreement
 from bayesinf.plots._calibration import plot_calibration
 from bayesinf.plots._cases import plot_case_influence, plot_case_summary
-from bayesinf.plots._compare import compare
 from bayesinf.plots._forest import plot_forest
 from bayesinf.plots._frontier import plot_frontier
 from bayesinf.plots._gaps import plot_response_gaps
@@ -20,7 +19,6 @@ from bayesinf.plots._trace_views import plot_ess_evolution, plot_rank, plot_trac
 __all__ = [
     "Report",
     "TokenPage",
-    "compare",
     "plot_agreement",
     "plot_calibration",
     "plot_case_influence",

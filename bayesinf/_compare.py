@@ -1,4 +1,7 @@
-"""Several methods on one task, judged by retrained models: one table, one figure."""
+"""Several methods on one task, judged by retrained models: one table, one figure.
+
+The top of the library: it needs methods, judges and figures, and nothing needs it.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,6 @@ from bayesinf._task import Task
 from bayesinf.attribution._entry_points import MethodWarning, find_method
 from bayesinf.curvature import SolverDivergenceError
 from bayesinf.evaluation import lds_table
-from bayesinf.plots._axes import new_axes
-from bayesinf.plots._lds import plot_lds, plot_lds_time
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -170,6 +171,9 @@ def _table(scores: dict[str, xr.Dataset], bank: xr.Dataset, measurement: str) ->
 
 
 def _figure(table: xr.Dataset) -> Figure:
+    from bayesinf.plots import plot_lds, plot_lds_time  # not before somebody wants a figure
+    from bayesinf.plots._axes import new_axes
+
     left = new_axes((11.0, 1.5 + 0.4 * table.sizes["scorer"]))
     figure = left.figure.get_figure(root=True)
     assert figure is not None

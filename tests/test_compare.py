@@ -11,10 +11,10 @@ import torch
 
 import bayesinf as bi
 from bayesinf._attribute import attribute
+from bayesinf._compare import compare
 from bayesinf.attribution._entry_points import MethodWarning
-from bayesinf.plots import compare
 
-PACKAGE = Path(__file__).parent.parent / "method_package"
+PACKAGE = Path(__file__).parent / "method_package"
 
 
 def model():
@@ -128,6 +128,6 @@ def test_mistakes_are_found_before_anything_runs(
     def ran(*args, **options):
         raise AssertionError("ran")
 
-    monkeypatch.setattr("bayesinf.plots._compare.attribute", ran)
+    monkeypatch.setattr("bayesinf._compare.attribute", ran)
     with pytest.raises(error, match=message):
         compare(problem[0], methods, problem[1], **options)
