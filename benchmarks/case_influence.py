@@ -14,7 +14,10 @@ The second is of derivatives: coverage of 95 % intervals over runs against centr
 the reference run weighted to b = 0.99 and 1.01; the share of right signs among intervals without 0
 (a 95 % interval may miss on that side 2.5 times of 100); and of one run the correlation, for the
 worst φ, of the sizes of effects with the shifts that ArviZ's leave-one-out expectations make, over
-the cases that importance weights can leave out. The exit status is 1 when a bar is missed.
+the cases that importance weights can leave out. The third table is of signs: every case is left out
+by a refit, and of the effects (pairs of φ and case) that exceed so many Monte-Carlo errors those of
+the wrong sign are counted, beside how many Student's t of these errors lets expect. The exit status
+is 1 when a bar is missed.
 """  # noqa: D205
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ from scipy import stats
 from bayesinf.bayesian import ParetoWarning, case_influence, case_removal
 from benchmarks._table import format_table, verdict
 
-__all__ = ["Logistic", "breast_cancer", "derivatives", "main", "removals"]
+__all__ = ["Logistic", "breast_cancer", "derivatives", "main", "removals", "signs"]
 
 SCALE, LEAPFROG, STEP = 2.5, 6, 0.26
 
@@ -191,6 +194,58 @@ def derivatives(
     }
 
 
+def signs(
+    model: Logistic, *, draws: int = 2000, refit_chains: int = 16, refit_draws: int = 200,
+    cases: int | None = None, beyond: tuple[float, ...] = (1, 2, 3),
+) -> xr.Dataset:  # fmt: skip
+    """Signs of one run's influences against refits without each case.
+
+    A refit shares its random numbers with that of all cases, so that its error is small: pairs
+    whose change is within three of these errors have no known sign and are left out.
+
+    Parameters
+    ----------
+    model
+        The model.
+    draws
+        Of each of the 4 chains that are judged.
+    refit_chains, refit_draws
+        Of each refit.
+    cases
+        How many are left out, one by one, spread over the data; all by default.
+    beyond
+        Effects count that exceed so many of their Monte-Carlo errors.
+
+    Returns
+    -------
+    xr.Dataset
+        By ``beyond``: ``pairs``, the ``wrong`` of them and how many are ``expected``; ``known``,
+        the share of all pairs whose sign is known.
+    """
+    n = len(model.y)
+    own = np.unique(np.linspace(0, n - 1, cases or n).round().astype(int))
+    found = case_influence(model.tree(model.draws(0, 4, draws)))
+    value, mcse = (found[name].values[:, own] for name in ("influence", "mcse"))
+    base, truth, error = model.draws(1, refit_chains, refit_draws), [], []
+    for case in own.tolist():
+        shifts = (base - model.without([case]).draws(1, refit_chains, refit_draws)).mean(axis=1)
+        truth.append(shifts.mean(axis=0))
+        error.append(shifts.std(axis=0, ddof=1) / np.sqrt(refit_chains))
+    exact = np.array(truth).T
+    known = abs(exact) > 3 * np.array(error).T
+    rows = []
+    for limit in beyond:
+        shown = known & (abs(value) > limit * mcse)
+        chance = stats.t.cdf(-(limit + abs(exact) / mcse), found.attrs["mcse_df"])
+        rows.append((shown.sum(), (shown & (value * exact < 0)).sum(), chance[known].sum()))
+    columns = dict(zip(("pairs", "wrong", "expected"), np.array(rows).T, strict=True))
+    return xr.Dataset(
+        {name: ("beyond", column) for name, column in columns.items()},
+        coords={"beyond": list(beyond)},
+        attrs={"known": float(known.mean()), "cases": len(own)},
+    )
+
+
 def _against_arviz(model: Logistic, w: np.ndarray) -> dict[str, float]:
     """Correlations with ArviZ's leave-one-out shifts, over cases of good k, of the worst φ."""
     from arviz_stats import loo_expectations
@@ -250,6 +305,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--runs", type=int, default=50, help="of the coverage (default: %(default)s)")
     add("--draws", type=int, default=500, help="a chain of these (default: %(default)s)")
     add("--refit-draws", type=int, default=500, help="a chain, of 64 (default: %(default)s)")
+    add("--cases", type=int, help="left out for the table of signs (default: all)")
     add("--features", type=int, default=10, help="of 30 (default: %(default)s)")
     args = parser.parse_args(argv)
     began, model = time.perf_counter(), breast_cancer(args.features)
@@ -281,11 +337,19 @@ def main(argv: list[str] | None = None) -> int:
         ("… of first order", f"{found['first_order']:.4f}", "", None),
     ]  # fmt: skip
     judged = [(*bar[:3], verdict(bar[3])) for bar in bars]
-    print(format_table(("judge", "value", "bar", ""), judged))
+    print(format_table(("judge", "value", "bar", ""), judged), end="\n\n", flush=True)
+    half = max(20, args.refit_draws // 2)
+    told = signs(model, draws=4 * args.draws, refit_draws=half, cases=args.cases)
+    last, lines = int(told["wrong"][-1]), []
+    for k, limit in enumerate(told["beyond"].values.tolist()):
+        pairs, wrong, chance = (told[x].values[k] for x in ("pairs", "wrong", "expected"))
+        bar = ("0", verdict(last == 0)) if limit == told["beyond"][-1] else ("", "")
+        lines.append((f"{limit:g} errors", f"{pairs:.0f}", f"{wrong:.0f}", f"{chance:.1f}", *bar))
+    print(format_table(("effect beyond", "pairs", "wrong sign", "by chance", "bar", ""), lines))
     print(
         f"truth's error {found['truth_error']:.2f} of a run's; {time.perf_counter() - began:.0f} s"
     )
-    return int(any(bar[3] is False for bar in bars))
+    return int(last > 0 or any(bar[3] is False for bar in bars))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from bayesinf.bayesian import case_influence
 from benchmarks import case_influence as program
 
 
@@ -47,8 +48,35 @@ def test_removals_and_derivatives_of_a_small_model() -> None:
     assert found["change"] > 0.99
 
 
+def mean(model: program.Logistic) -> float:
+    """By quadrature."""
+    grid = np.linspace(-8, 8, 4001)[:, None]
+    density = np.exp(-model.potential(grid) + model.potential(grid).min())
+    return float((grid[:, 0] * density).sum() / density.sum())
+
+
+def test_signs_of_a_small_model() -> None:
+    """One φ, twelve cases; the truth by quadrature, and no sign is wrong beyond 3 errors."""
+    model = one_weight()
+    found = program.signs(model, draws=1000, beyond=(0, 1, 3))
+    assert (found.attrs["cases"], found.attrs["known"]) == (12, 1.0)
+    scores = case_influence(model.tree(model.draws(0, 4, 1000)))
+    value, mcse = scores["influence"].values[0], scores["mcse"].values[0]
+    exact = np.array([mean(model) - mean(model.without([i])) for i in range(12)])
+    for limit, pairs, wrong in zip((0, 1, 3), found["pairs"], found["wrong"], strict=True):
+        shown = abs(value) > limit * mcse
+        assert pairs == shown.sum()
+        assert wrong == (shown & (value * exact < 0)).sum()
+    assert found["wrong"][-1] == 0
+    assert (found["expected"] < 2).all()
+    assert program.signs(model, draws=1000, cases=3).attrs["cases"] == 3
+
+
 def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
-    program.main(["--runs", "1", "--draws", "150", "--refit-draws", "20", "--features", "1"])
+    program.main(
+        ["--runs", "1", "--draws", "150", "--refit-draws", "20", "--features", "1", "--cases", "4"]
+    )
     printed = capsys.readouterr().out
     assert "these 10" in printed
     assert "coverage of 95 % intervals" in printed
+    assert "3 errors" in printed
