@@ -49,7 +49,7 @@ from bayesinf.attribution._normalised import center, per_nat
 from bayesinf.attribution._nystrom import nystrom
 from bayesinf.attribution._prefilter import Candidates, prefilter
 from bayesinf.attribution._random_scores import random_scores, same_class_random
-from bayesinf.attribution._registry import METHODS
+from bayesinf.attribution._registry import METHODS, Method
 from bayesinf.attribution._representation_similarity import representation_similarity
 from bayesinf.attribution._scoring import Scoring
 from bayesinf.attribution._self_variance import self_variance
@@ -61,6 +61,7 @@ from bayesinf.attribution._top_k import top_k
 from bayesinf.attribution._tracin import tracin
 from bayesinf.attribution._train_loss import train_loss
 from bayesinf.attribution._trak import trak
+from bayesinf.attribution._trak_features import TrakFeatures, trak_features
 from bayesinf.bayesian import (
     ParetoWarning,
     anomaly_scores,
@@ -166,6 +167,7 @@ __all__ = [
     "GradientNoiseWarning",
     "Likelihood",
     "LocalPosterior",
+    "Method",
     "MethodWarning",
     "MonteCarloWarning",
     "NotPositiveDefiniteError",
@@ -184,6 +186,7 @@ __all__ = [
     "StreamingCovariance",
     "Task",
     "TraceStore",
+    "TrakFeatures",
     "Underdamped",
     "Until",
     "VectorizationWarning",
@@ -285,6 +288,7 @@ __all__ = [
     "train_loss",
     "train_one",
     "trak",
+    "trak_features",
     "unrolled_response",
     "vog",
     "w_kernel",

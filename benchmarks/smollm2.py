@@ -229,7 +229,7 @@ def run(plan: Plan) -> Result:
         curvature = bi.fit_curvature(task, fisher="sampled", batch_size=plan.batch)
     with result.stage("EK-FAC, tokens"):
         result.methods["EK-FAC"] = bi.ekfac(
-            task, curvature=curvature, damping=damping, train_tokens="loss", query_tokens="loss",
+            task, curvature=curvature, damping=damping, train_tokens="position", query_tokens="loss",
             batch_size=plan.batch,
         )  # fmt: skip
     result.methods = {k: hf.add_token_text(s, tokenizer) for k, s in result.methods.items()}
