@@ -16,6 +16,7 @@ from tests import exact, method_cases
 from tests.method_cases import CASES, DAMPING, EXPECTED, RIDGE, labelled, methods, rebuilt
 
 NAMES = tuple(methods())
+QUICK = [pytest.param(n, marks=[pytest.mark.slow] * (n == "bif")) for n in NAMES]
 
 
 def expected(name):
@@ -140,7 +141,7 @@ def test_an_example_helps_itself(name, tmp_path):
     assert np.diag(scored(name, same, options).values).mean() < 0
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", QUICK)
 def test_order_and_batches_change_nothing(name, tmp_path):
     row, method = expected(name), methods()[name]
     case = next(c for c in row.cases if not method.missing(labelled(c)))
