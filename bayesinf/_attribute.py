@@ -78,8 +78,7 @@ def attribute(
     >>> import torch, bayesinf as bi
     >>> x, y = torch.randn(20, 3), torch.randn(20, 1)
     >>> task = bi.Task(torch.nn.Linear(3, 1), bi.Gaussian(), train=(x, y), query=(x[:5], y[:5]))
-    >>> from bayesinf._attribute import attribute
-    >>> attribute(task, "gauss_newton", damping=0.1).influence.shape
+    >>> bi.attribute(task, "gauss_newton", damping=0.1).influence.shape
     (5, 20)
     """
     row = checked_method(method, options)

@@ -52,12 +52,11 @@ class Method:
     Examples
     --------
     >>> import numpy as np, bayesinf as bi
-    >>> from bayesinf.attribution._registry import Method
     >>> def constant(task, *, value=-1.0):
     ...     scores = np.full((len(task.query), task.n), value)
     ...     return bi.make_scores(scores, query=task.query.ids, train=task.train.ids,
     ...                           method="constant", estimand="similarity")
-    >>> Method("constant", constant, "similarity", "one number for all").takes
+    >>> bi.Method("constant", constant, "similarity", "one number for all").takes
     frozenset({'value'})
     """
 

@@ -3,7 +3,6 @@
 import torch
 
 import bayesinf as bi
-from bayesinf.attribution._registry import Method
 
 
 def nearest_mean(task: bi.Task, *, scale: float = 1.0, batch_size: int = 256):
@@ -20,4 +19,4 @@ def nearest_mean(task: bi.Task, *, scale: float = 1.0, batch_size: int = 256):
     )
 
 
-METHOD = Method("nearest_mean", nearest_mean, "similarity", "distance of the inputs")
+METHOD = bi.Method("nearest_mean", nearest_mean, "similarity", "distance of the inputs")
