@@ -119,49 +119,63 @@ def sample_numpyro(
     [0, 1, 2]
     """
     if posterior_samples is not None:
-        if rng_key is not None or isinstance(model, MCMC):
-            raise ValueError(
-                "posterior_samples are draws of a model, which is then not sampled: give the "
-                "model function and rng_key=None, or leave posterior_samples out."
-            )
-        run: Any = _Given.of(model, posterior_samples, args, kwargs)
+        run = _given(model, rng_key, posterior_samples, args, kwargs)
     elif isinstance(model, MCMC):
-        run = model
-        finished = run.last_state is not None
-        if finished and (rng_key is not None or args or kwargs):
-            raise ValueError(
-                "this MCMC has run and keeps its own arguments; it is not run again. Leave rng_key "
-                "and the model's arguments out: sample_numpyro(mcmc)."
-            )
-        if not finished:
-            _run(run, rng_key, args, kwargs)
+        run = _finished(model, rng_key, args, kwargs)
     else:
-        run = MCMC(
-            NUTS(model), num_warmup=num_warmup, num_samples=num_samples, num_chains=num_chains,
-            chain_method="vectorized", progress_bar=progress_bar,
-        )  # fmt: skip
-        _check_sites(model, args, kwargs)
-        _run(run, rng_key, args, kwargs)
-    pointwise = _check_sites(run.sampler.model, run._args, run._kwargs)
+        lengths = {
+            "num_warmup": num_warmup, "num_samples": num_samples, "num_chains": num_chains,
+            "chain_method": "vectorized", "progress_bar": progress_bar,
+        }  # fmt: skip
+        run = _finished(MCMC(NUTS(model), **lengths), rng_key, args, kwargs)
+    pointwise = _pointwise(run.sampler.model, run._args, run._kwargs)
     data = from_numpyro(run, log_likelihood=True, coords=dict(coords or {}))
+    data = data.map_over_datasets(lambda group: group.map(np.array))  # not arrays of JAX
     cases = data["log_likelihood"].to_dataset()[pointwise]
     data["log_likelihood"] = xr.DataTree(cases if plate is None else _members(cases, plate))
     _warn_of_divergences(data)
     return NumPyroInfluence(data, case_influence(data, var_names, quantities=quantities))
 
 
-def _run(mcmc: MCMC, rng_key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _given(
+    model: Any,
+    rng_key: Any,
+    samples: Mapping[str, Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    if rng_key is not None or isinstance(model, MCMC):
+        raise ValueError(
+            "posterior_samples are draws of a model, which is then not sampled: give the model "
+            "function and rng_key=None, or leave posterior_samples out."
+        )
+    return _Given.of(model, samples, args, kwargs)
+
+
+def _finished(mcmc: MCMC, rng_key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> MCMC:
+    """Run what has not run yet."""
+    if mcmc.last_state is not None:
+        if rng_key is not None or args or kwargs:
+            raise ValueError(
+                "this MCMC has run and keeps its own arguments; it is not run again. Leave rng_key "
+                "and the model's arguments out: sample_numpyro(mcmc)."
+            )
+        return mcmc
     if rng_key is None:
         raise ValueError(
             "sampling needs a key: sample_numpyro(model, jax.random.key(0), …). An MCMC that has "
             "run is taken without one."
         )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it warns of the same after the run
+        _pointwise(mcmc.sampler.model, args, kwargs)
     key = jax.random.PRNGKey(rng_key) if isinstance(rng_key, int) else rng_key
     fields = _FIELDS if isinstance(mcmc.sampler, NUTS) else ()
     mcmc.run(key, *args, extra_fields=fields, **kwargs)
+    return mcmc
 
 
-def _check_sites(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+def _pointwise(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
     """Names of the observed sites that have one log-likelihood per example."""
     seeded = handlers.substitute(handlers.seed(model, 0), substitute_fn=init_to_sample)
     sites = handlers.trace(seeded).get_trace(*args, **kwargs)

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from torch import nn
 
@@ -147,7 +148,7 @@ def _window(
     size, stride = _pair(module.kernel_size), _pair(module.stride)
     options = {"window_dilation": (*ones, *dilation), "padding": padding}
     return lax.reduce_window(
-        x, jnp.asarray(start, x.dtype), reduce, (*ones, *size), (*ones, *stride), **options
+        x, np.asarray(start, x.dtype), reduce, (*ones, *size), (*ones, *stride), **options
     )
 
 

@@ -5,8 +5,9 @@ of the prior terms, ``nβ G + P I = P (I + U diag(s) Uᵀ)`` and
 
     w = w0 + S ξ        S = P^{-1/2} [I + U diag((1 + s)^{-1/2} − 1) Uᵀ]
 
-``U (d, r)`` holds the directions with ``s`` above 1 %. A fixed linear map does not change the law
-of ``w``, whatever the approximation; it saves NUTS the steps that a wide spectrum costs.
+``U (d, r)`` holds the directions with ``s`` above ½: what is left has a condition number of 1.5. A
+fixed linear map does not change the law of ``w``, whatever the approximation; it saves NUTS the
+steps that a wide spectrum costs.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from bayesinf.interop.numpyro._posterior import JaxTask
 
 __all__ = ["Whitening"]
 
-_ROWS, _SMALL, _FLOOR = 2048, 0.01, 1e-6
+_ROWS, _SMALL, _FLOOR = 2048, 0.5, 1e-6
 
 
 @dataclass(frozen=True)
