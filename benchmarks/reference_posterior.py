@@ -189,10 +189,11 @@ def compare(found: Estimate, truth: Estimate) -> Judged:
 
 
 def _precision(traces: bi.TraceStore) -> float:
-    """Root mean square of the standard errors of correlations."""
+    """Root mean square of the standard errors of covariances, in units of ``σ_i σ_q``."""
     query, train = traces.read("query"), traces.read("train")
-    found = cross_covariance(query, train, correlation=True, batches_per_chain=BATCHES)
-    return float((found.mcse**2).mean()) ** 0.5
+    found = cross_covariance(query, train, batches_per_chain=BATCHES)
+    sd = [x.std(axis=(0, 1), dtype=np.float64) for x in (query, train)]
+    return float(((found.mcse / np.outer(*sd)) ** 2).mean()) ** 0.5
 
 
 @dataclass
@@ -345,7 +346,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--kernels", default="", help="those whose name contains one of these, by commas")
     add("--mcse", type=float, default=0.017, help="wanted of a kernel (default: %(default)s)")
     add("--reference", type=float, default=0.01, help="wanted of NUTS (default: %(default)s)")
-    add("--seconds", type=float, default=60.0, help="of a kernel, at most (default: %(default)s)")
+    add("--seconds", type=float, default=120.0, help="of a kernel, at most (default: %(default)s)")
     add("--nuts-seconds", type=float, default=300.0, help="of NUTS (default: %(default)s)")
     add("--condition", type=float, default=CONDITION, help="λ_max/λ (default: %(default)s)")
     add("--control", action="store_true", help="a second run of NUTS, which only chance parts")
