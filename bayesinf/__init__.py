@@ -6,6 +6,7 @@ from bayesinf._attribute import attribute, available_methods
 from bayesinf._batching import Batches
 from bayesinf._calibration import Calibration, calibrate
 from bayesinf._chains import FailedChainsWarning
+from bayesinf._compare import compare
 from bayesinf._diagnostics import ConvergenceWarning, diagnose
 from bayesinf._disk import StoreError
 from bayesinf._families import sample_each
@@ -209,6 +210,7 @@ __all__ = [
     "case_removal",
     "case_summary",
     "center",
+    "compare",
     "conjugate_gradient",
     "datainf",
     "deflated_ekfac",
