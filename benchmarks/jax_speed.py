@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from bayesinf._posterior import PotentialKind
 from benchmarks._table import format_table, verdict
 
 __all__ = ["ROWS", "Clock", "Row", "main", "rate"]
@@ -37,7 +38,7 @@ class Row:
     kernel: str
     settings: dict[str, float]
     batch_size: int | None
-    potential: str = "tilted"
+    potential: PotentialKind = "tilted"
 
     @property
     def words(self) -> str:
@@ -112,7 +113,7 @@ def runs(draws: int, thin: int, chains: int) -> tuple[Run, Run]:
     task = bi.Task(network, benchmark.likelihood, train=train, query=query)
     layers = [m for m in network.modules() if isinstance(m, nn.Linear)]
     params = [(m.weight.detach().T.numpy(), m.bias.detach().numpy()) for m in layers]
-    arrays = [tuple(part.numpy() for part in split) for split in (train, query)]
+    mine, asked = (tuple(part.numpy() for part in split) for split in (train, query))
     common: dict[str, Any] = {
         "draws": draws, "warmup": 20, "thin": thin, "chains": chains, "jitter": 0.1,
         "max_excess": float("inf"), "progress": False,
@@ -120,15 +121,15 @@ def runs(draws: int, thin: int, chains: int) -> tuple[Run, Run]:
     decay = benchmark.weight_decay
 
     def by_torch(row: Row, until: Any) -> Any:
-        posterior = bi.LocalPosterior(task, N_BETA, GAMMA, decay, row.potential)  # type: ignore[arg-type]
+        posterior = bi.LocalPosterior(task, N_BETA, GAMMA, decay, row.potential)
         kernel = getattr(bi, row.kernel)(**row.settings)
         return bi.sample(posterior, kernel, batch_size=row.batch_size, until=until, **common)
 
     def by_jax(row: Row, until: Any) -> Any:
         return sample_jax(
-            _loss, params, *arrays, getattr(bi, row.kernel)(**row.settings), n_beta=N_BETA,
-            gamma=GAMMA, weight_decay=decay, potential=row.potential, batch_size=row.batch_size,
-            until=until, **common,
+            _loss, params, mine, asked, getattr(bi, row.kernel)(**row.settings), n_beta=N_BETA,
+            gamma=GAMMA, weight_decay=decay, potential=row.potential,
+            batch_size=row.batch_size, until=until, **common,
         )  # fmt: skip
 
     return by_torch, by_jax

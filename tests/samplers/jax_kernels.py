@@ -58,7 +58,7 @@ class JaxKernel:
             weights = lay_end_to_end({"w": problem.w0.numpy()})
             x, y = (jnp.asarray(part.numpy()) for part in problem.task.train.batch())
             tilted = p.potential == "tilted"
-            self.program = Program(Fixed(loss), weights.layout, tilted, 17, True)
+            self.program = Program(Fixed(loss), weights.layout, tilted, 10**6)
             self.problem = {
                 "center": weights.flat, "tilt": jnp.zeros(4), "still": (), "train": (x, y),
                 "n_beta": p.n_beta, "gamma": p.gamma, "weight_decay": p.weight_decay,

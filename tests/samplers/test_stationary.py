@@ -94,7 +94,12 @@ TORCH = [
     for preconditioned in ((False, True) if row.preconditioned else (False,))
 ]
 JAX = [(name, "jax") for name, row in ROWS.items() if row.jax]
-LINEAR = [case for case in [*TORCH, *JAX] if ROWS[case[0]].linear]
+LINEAR = [
+    (*case, potential)
+    for potential, cases in (("tilted", [*TORCH, *JAX]), ("plain", TORCH))
+    for case in cases
+    if ROWS[case[0]].linear
+]
 SAMPLED = [*TORCH, *(case for case in JAX if not ROWS[case[0]].linear)]
 """Kernels, and where they run: torch with or without a preconditioner, or JAX, which has none.
 
@@ -149,8 +154,7 @@ def test_the_preconditioner_of_these_tests_fits_badly() -> None:
     assert (commutator - commutator.T).norm() > 0.1 * commutator.norm()
 
 
-@pytest.mark.parametrize(("name", "where"), LINEAR)
-@pytest.mark.parametrize("potential", ["tilted", "plain"])
+@pytest.mark.parametrize(("name", "where", "potential"), LINEAR)
 def test_the_documented_law_is_that_of_a_step(name, where, potential) -> None:
     row = ROWS[name]
     problem, kernel, root, inner, step_size = setting(name, where, potential)

@@ -21,7 +21,7 @@ from bayesinf._gradient_noise import excess_temperature
 from bayesinf._plan import Plan
 from bayesinf._rng import BatchStream, chain_seeds, starting_points
 from bayesinf.interop.jax._kernels import KERNELS, Settings, State
-from bayesinf.interop.jax._potential import JaxPotential, Problem, Program, in_chunks
+from bayesinf.interop.jax._potential import JaxPotential, Problem, Program, count, in_chunks
 from bayesinf.interop.jax._pytree import Fixed
 from bayesinf.interop.jax._task import JaxTask
 
@@ -61,10 +61,10 @@ def _advance(
     keys: jax.Array,
     state: State,
     first: jax.Array,
-    count: jax.Array,
+    steps: jax.Array,
     batches: jax.Array | None,
 ) -> tuple[State, jax.Array, jax.Array]:
-    """``count`` steps from the state before step ``first``, with batches ``(block, C, B)``.
+    """So many steps from the state before step ``first``, with batches ``(block, C, B)``.
 
     Returns the state, whether its weights are finite and the acceptance summed over the steps.
     """
@@ -76,7 +76,7 @@ def _advance(
         return state, carry[1] if accepted is None else carry[1] + accepted
 
     none = jnp.zeros(len(keys), program.layout.dtype)
-    state, accepted = jax.lax.fori_loop(0, count, one, (state, none))
+    state, accepted = jax.lax.fori_loop(0, steps, one, (state, none))
     return state, jnp.isfinite(state["position"]).all(axis=1), accepted
 
 
@@ -107,7 +107,7 @@ def _observe(
         "along": away @ problem["tilt"],
         "norm": jnp.linalg.norm(position, axis=1),
     }
-    return program.over_chains(one, position), sums
+    return program.over_chains(one, max(map(count, groups.values())), position), sums
 
 
 @partial(jax.jit, static_argnums=0)
@@ -189,19 +189,17 @@ class JaxChains:
     plan
         Of a posterior whose task is a :class:`JaxTask`.
     chunk
-        Examples per evaluation, where it is over all of them.
-    vectorize
-        Chains at once, or one after another.
+        Losses that are computed at once.
     """
 
-    def __init__(self, plan: Plan, chunk: int, vectorize: bool) -> None:
+    def __init__(self, plan: Plan, chunk: int) -> None:
         posterior = plan.posterior
         task: Any = posterior.task
         assert isinstance(task, JaxTask)
         self.plan, self.task, self.weights = plan, task, task.weights
         self.kernel = type(plan.sampler)
         tilted = posterior.potential == "tilted"
-        self.program = Program(Fixed(task.loss_fn), self.weights.layout, tilted, chunk, vectorize)
+        self.program = Program(Fixed(task.loss_fn), self.weights.layout, tilted, chunk)
         self.settings = {
             name: value for name, value in vars(plan.sampler).items() if name != "preconditioner"
         }
@@ -260,23 +258,23 @@ class JaxChains:
         """Move every chain by so many steps."""
         accepted, left = [], steps
         while left:
-            count = min(left, self._block)
+            now = min(left, self._block)
             self.state, self._finite, taken = _advance(
                 self.program, self.kernel, self.problem, self.settings, self.keys, self.state,
-                np.uint32(self.step), np.int32(count), self._batches(count),
+                np.uint32(self.step), np.int32(now), self._batches(now),
             )  # fmt: skip
             accepted.append(taken)
-            self.step, left = self.step + count, left - count
+            self.step, left = self.step + now, left - now
         if KERNELS[self.kernel].decides:
             self._acceptance = np.stack(accepted).sum(0, dtype=np.float64) / steps
 
-    def _batches(self, count: int) -> np.ndarray | None:
-        """Batches ``(block, C, B)`` of the next ``count`` steps; the others are not looked at."""
+    def _batches(self, steps: int) -> np.ndarray | None:
+        """Batches ``(block, C, B)`` of the next steps; those after them are not looked at."""
         if not self.stream.parts:
             return None
         size = self.stream.parts[0].count
         out = np.zeros((self._block, self.plan.chains, size), dtype=np.int32)
-        for k in range(count):
+        for k in range(steps):
             batch = self.stream.at(self.step + k)
             assert batch is not None
             out[k] = batch.numpy()
@@ -356,7 +354,6 @@ class JaxChains:
 
 def _rows(data: Any, where: np.ndarray) -> Any:
     """Some examples; all of them in their order without a copy."""
-    n = len(jax.tree.leaves(data)[0])
-    if np.array_equal(where, np.arange(n)):
+    if np.array_equal(where, np.arange(count(data))):
         return data
     return jax.tree.map(lambda leaf: leaf[where], data)

@@ -132,7 +132,7 @@ def _mala(
         return kernel(key, mala.MALAState(*parts), potential.log_density, half)
 
     given = rng.keys(), state["position"], state["log_density"], state["slope"]
-    (position, value, slope), info = potential.program.over_chains(one, *given)
+    (position, value, slope), info = potential.over_chains(one, *given)
     moved = {"position": position, "log_density": value, "slope": slope}
     return moved, info.acceptance_rate
 

@@ -51,7 +51,6 @@ def sample_jax(
     jitter: float = 1.0,
     divergence_bound: float | None = None,
     on_divergence: Literal["raise", "drop"] = "raise",
-    vectorize: bool = True,
     chunk_size: int = 1000,
     max_excess: float = 0.05,
     progress: bool = True,
@@ -96,10 +95,10 @@ def sample_jax(
         What is recorded of the queries besides the loss: ``{name: f(params, batch) -> (B,)}``.
     store, until, superchains, jitter, divergence_bound, on_divergence, max_excess, progress
         As of :func:`bayesinf.sample`.
-    vectorize
-        Chains at once by ``vmap``; False: one after another, in less memory.
     chunk_size
-        Examples per evaluation, for full-batch gradients and observations (bounds the memory).
+        Losses that are computed at once (bounds the memory): as many examples of a full batch or an
+        observation, and as many chains together as there is room for, else one after another. The
+        default suits a processor; give an accelerator more, 100,000 say.
 
     Returns
     -------
@@ -174,7 +173,7 @@ def sample_jax(
     )  # fmt: skip
 
     def make() -> Chains:
-        return JaxChains(plan, chunk_size, vectorize)
+        return JaxChains(plan, chunk_size)
 
     return drive(
         plan, make, draws=draws, store=store, until=until, divergence_bound=divergence_bound,

@@ -37,7 +37,7 @@ def both(potential, batch_size=4, chunk=1000, kernel=None):
     theirs = small.posterior(potential).bind(vectorize=False)
     batches = None if batch_size is None else Batches(batch_size)
     batching = Batching(batches, theirs, 0, 4)
-    return JaxChains(plan_of(ours, potential, batch_size, kernel), chunk, True), batching
+    return JaxChains(plan_of(ours, potential, batch_size, kernel), chunk), batching
 
 
 def positions(count=4):
@@ -57,11 +57,6 @@ def test_the_potential_is_that_of_torch(potential, chunk):
     close = {"rtol": 1e-9, "atol": 1e-9}
     torch.testing.assert_close(ours.grad(where), theirs.grad(where), **close)
     torch.testing.assert_close(ours.grad(where, batch), theirs.grad(where, batch), **close)
-    looped = _ForTorch(
-        type(chains.program)(**{**vars(chains.program), "vectorize": False}),
-        chains.problem, None,
-    )  # fmt: skip
-    torch.testing.assert_close(looped.grad(where, batch), theirs.grad(where, batch), **close)
     value, slope = _density(chains.program, chains.problem, where.numpy())
     expected = -theirs.value(where).numpy()
     np.testing.assert_allclose(value - value[0], expected - expected[0], rtol=1e-9, atol=1e-9)

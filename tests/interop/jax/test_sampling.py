@@ -69,9 +69,9 @@ def test_the_law_is_that_of_torch_chains(kernel):
     """Two samples of 32 independent chains with minibatches, on a loss that is not quadratic.
 
     Welch's z of 34 numbers a kernel, with about 62 degrees of freedom, is refused beyond 6: 1e-7
-    each, a false-alarm rate of 1e-5 for the three. Variances larger by 30 % must be refused.
+    each, a false-alarm rate of 1e-5 for the three. Variances larger by 40 % must be refused.
     """
-    options = {"draws": 250, "warmup": 100, "chains": 32, "superchains": 32, "batch_size": 4}
+    options = {"draws": 150, "warmup": 100, "chains": 32, "superchains": 32, "batch_size": 4}
     ours = moments(run(kernel, seed=1, potential="plain", **options))
     theirs = moments(
         bi.sample(
@@ -80,7 +80,7 @@ def test_the_law_is_that_of_torch_chains(kernel):
         )
     )  # fmt: skip
     assert apart(ours, theirs) < 6
-    assert apart(ours * np.repeat([1, 1.3], 17), theirs) > 6
+    assert apart(ours * np.repeat([1, 1.4], 17), theirs) > 6
 
 
 def test_influence_is_the_exact_one_of_a_gaussian():
@@ -227,8 +227,7 @@ def test_a_run_that_is_killed_goes_on(tmp_path, monkeypatch, after):
 
 def test_how_it_is_computed_does_not_matter():
     whole = run().values("train")
-    np.testing.assert_allclose(run(vectorize=False, chunk_size=5).values("train"), whole, rtol=1e-4)
-    few = run(chains=2, superchains=2).values("train")
+    few = run(chains=2, superchains=2, chunk_size=12).values("train")  # one after the other
     np.testing.assert_allclose(few, whole[:2], rtol=1e-4)
     assert not np.allclose(run(seed=1).values("train"), whole)
     ends = [run(thin=t, draws=120 // t, warmup=0).values("train")[:, -1] for t in (1, 40)]
