@@ -21,9 +21,9 @@ def _blocks(language: str) -> list[str]:
 
 
 def test_the_examples_run_and_their_chains_are_good(tmp_path: Path) -> None:
-    first, errors, second, _, judging = _blocks("python")
+    first, errors, second, _, judging, named, others = _blocks("python")
     assert len([line for line in first.splitlines() if line.strip()]) <= 16
-    code = f"import torch\ntorch.set_num_threads(1)\n{first}\n{errors}\n{second}\n{judging}\n" + (
+    code = f"import torch\ntorch.set_num_threads(1)\n{first}\n{errors}\n{second}\n{judging}\n{named}\n{others}\n" + (
         "import numpy as np\n"
         "def correlation(a, b):\n"
         "    return np.corrcoef(a.influence.values.ravel(), b.influence.values.ravel())[0, 1]\n"
@@ -44,6 +44,13 @@ def test_the_examples_run_and_their_chains_are_good(tmp_path: Path) -> None:
         "assert float(chance.p_value.max()) < 0.05\n"
         "assert correlation(theirs, scores) > 0.999999\n"
         "assert both.sizes['scorer'] == 2\n"
+        "assert named.attrs['method'] == 'logra' and named.influence.shape == (50, 250)\n"
+        "assert ranking.sizes['scorer'] == 4 and ranking.attrs['not_run'] == '{}'\n"
+        "assert float(ranking.lds.sel(scorer='SOURCE')) > 0.1\n"
+        "assert len(picture.axes) == 2\n"
+        "assert influence.influence.shape == (1, 30)\n"
+        "assert bool((removed.pareto_k < 0.7).all())\n"
+        "assert bi.bif(chains).influence.shape == (30, 30)\n"
     )
     command = [sys.executable, "-W", "error", "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
@@ -79,7 +86,7 @@ import bayesinf as bi
 
 
 def test_the_language_model_example_runs_on_a_checkpoint_on_disk(tmp_path: Path) -> None:
-    *_, example, _ = _blocks("python")
+    (example,) = (block for block in _blocks("python") if "from_pretrained" in block)
     code = (
         TEXTS
         + CHECKPOINT
