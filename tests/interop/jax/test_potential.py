@@ -11,9 +11,10 @@ from bayesinf._batching import Batches, Batching  # noqa: E402
 from bayesinf._gradient_noise import excess_temperature  # noqa: E402
 from bayesinf._plan import Plan  # noqa: E402
 from bayesinf.interop.jax import sample_jax  # noqa: E402
-from bayesinf.interop.jax._chains import JaxChains, _density, _ForTorch  # noqa: E402
+from bayesinf.interop.jax._chains import JaxChains  # noqa: E402
 from bayesinf.interop.jax._kernels import KERNELS  # noqa: E402
 from bayesinf.interop.jax._potential import JaxPotential  # noqa: E402
+from bayesinf.interop.jax._programs import ForTorch, density  # noqa: E402
 from bayesinf.interop.jax._task import JaxTask  # noqa: E402
 from tests.interop.jax import small  # noqa: E402
 from tests.samplers.jax_kernels import Given  # noqa: E402
@@ -52,12 +53,12 @@ def test_the_potential_is_that_of_torch(potential, chunk):
     """Gradients over all examples in chunks that fit and do not, and from batches; values."""
     chains, batching = both(potential, chunk=chunk)
     where, theirs = positions(), batching.potential
-    ours = _ForTorch(chains.program, chains.problem, chains.plan.posterior)
+    ours = ForTorch(chains.program, chains.problem, chains.plan.posterior)
     batch = batching.stream.at(0)
     close = {"rtol": 1e-9, "atol": 1e-9}
     torch.testing.assert_close(ours.grad(where), theirs.grad(where), **close)
     torch.testing.assert_close(ours.grad(where, batch), theirs.grad(where, batch), **close)
-    value, slope = _density(chains.program, chains.problem, where.numpy())
+    value, slope = density(chains.program, chains.problem, where.numpy())
     expected = -theirs.value(where).numpy()
     np.testing.assert_allclose(value - value[0], expected - expected[0], rtol=1e-9, atol=1e-9)
     np.testing.assert_allclose(slope, -theirs.grad(where).numpy(), rtol=1e-9, atol=1e-9)

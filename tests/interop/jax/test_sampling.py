@@ -13,7 +13,7 @@ import jax.numpy as jnp  # noqa: E402
 
 import bayesinf as bi  # noqa: E402
 from bayesinf import _run  # noqa: E402
-from bayesinf.interop.jax import _chains, sample_jax  # noqa: E402
+from bayesinf.interop.jax import _chains, _programs, sample_jax  # noqa: E402
 from tests import quadratic  # noqa: E402
 from tests.interop.jax import small  # noqa: E402
 from tests.samplers import jax_kernels  # noqa: E402
@@ -193,14 +193,14 @@ def test_every_kernel_goes_on_where_it_stopped(tmp_path, kernel):
     assert (whole.values("train").std("draw") > 1e-3).all()
     rate = whole.tree["sample_stats"].acceptance_rate.values
     assert (rate.mean() > 0.3 and rate.mean() < 1) if kernel == "MALA" else np.isnan(rate).all()
-    programs = _chains._advance._cache_size(), _chains._observe._cache_size()
+    programs = _programs.advance._cache_size(), _programs.observe._cache_size()
     for draws in (1, 7, 20):
         parts = run(kernel, store=tmp_path / "t.zarr", draws=draws)
     same(parts, whole)
     changed = {name: 1.1 * w for name, w in PARAMS.items()}
     other = type(small.KERNELS[kernel])(**{**vars(small.KERNELS[kernel]), "step_size": 0.003})
     run(other, params=changed, n_beta=10.0, gamma=3.0, warmup=70, thin=3, seed=5)
-    assert programs == (_chains._advance._cache_size(), _chains._observe._cache_size())
+    assert programs == (_programs.advance._cache_size(), _programs.observe._cache_size())
 
 
 @pytest.mark.parametrize("after", [0, 3])
