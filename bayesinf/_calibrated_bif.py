@@ -15,7 +15,8 @@ from bayesinf._task import Measurement, Task, measurement_name
 from bayesinf.attribution._bif import bif as bif_of_traces
 from bayesinf.attribution._needs import GAUSS_NEWTON_PRODUCTS
 from bayesinf.attribution._registry import register
-from bayesinf.curvature import Curvature
+from bayesinf.curvature import Curvature, fit_curvature
+from bayesinf.curvature._fit import Fisher
 
 __all__ = ["bif"]
 
@@ -34,6 +35,7 @@ def bif(
     weight_decay: float = 0.0,
     error: float = 0.01,
     chains: int = 16,
+    fisher: Fisher | None = None,
     curvature: Curvature | None = None,
     measurement: Measurement = "loss",
     tokens: Literal["train", "query", "both"] | None = None,
@@ -57,6 +59,8 @@ def bif(
         Network, likelihood, training and query examples.
     damping, condition, n_beta, weight_decay, error, chains, curvature
         As of :func:`bayesinf.calibrate`; ``damping`` is λ = γ/(nβ) + weight decay.
+    fisher
+        Instead of ``curvature``: how it is fitted, as of :func:`bayesinf.fit_curvature`.
     measurement, tokens
         As of :func:`bayesinf.sample` and :func:`bayesinf.bif`; one measurement.
     normalize, replicates, top_k, store
@@ -79,7 +83,7 @@ def bif(
     Raises
     ------
     ValueError
-        As :func:`bayesinf.calibrate`.
+        As :func:`bayesinf.calibrate`; if both ``fisher`` and ``curvature`` are given.
     DivergenceError
         If chains diverge.
 
@@ -92,7 +96,14 @@ def bif(
     ----------
     Kreer et al. 2025 (arXiv 2509.26544).
     """
+    if fisher is not None and curvature is not None:
+        raise ValueError(
+            "give one of fisher= (to fit a curvature here) and curvature= (from "
+            "bi.fit_curvature), or neither; got both."
+        )
     began = time.perf_counter()
+    if fisher is not None:
+        curvature = fit_curvature(task, fisher=fisher)
     found = calibrate(
         task,
         condition=condition,

@@ -16,8 +16,9 @@ is worth; they follow a rule in units of the problem, too:
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,29 +26,72 @@ import xarray as xr
 
 import bayesinf as bi
 from bayesinf._local_range import find_temperature, first_temperature
-from bayesinf.attribution._representation_similarity import representation_similarity
-from bayesinf.attribution._text_similarity import bm25, tf_idf
+from bayesinf._measuring import measured
+from bayesinf.attribution._entry_points import find_method
 from benchmarks.tasks import BenchmarkTask
 
-__all__ = ["METHODS", "BenchmarkMethod", "top_curvature"]
+__all__ = ["METHODS", "BenchmarkMethod", "task_options", "top_curvature"]
 
 ERROR = 0.02
 DAMPING, STEP, CHAINS, DRAWS, WARMUP, THIN = 0.1, 0.3, 16, 400, 400, 10
+_USUAL = {"relative_damping": 0.1}
+_SOLVED = {"damping": DAMPING}
+
+Scores = Callable[[bi.Task, BenchmarkTask], xr.Dataset]
 
 
 @dataclass(frozen=True)
 class BenchmarkMethod:
-    """A row of the table; one with ``text`` belongs to tasks of language alone."""
+    """A row of the table.
+
+    Attributes
+    ----------
+    name
+        As printed.
+    method
+        Name in the registry of :func:`bayesinf.attribute`, or a function.
+    options
+        Of a method by name, with :func:`task_options`.
+    family
+        ``"bayesian"`` or ``"classical"``.
+    core
+        Whether it is among those that run by default.
+    text
+        Whether it belongs to tasks of language alone.
+    """
 
     name: str
-    core: bool
-    family: str
-    scores: Callable[[bi.Task, BenchmarkTask, dict[str, Any]], xr.Dataset]
+    method: str | Scores
+    options: Mapping[str, Any] = field(default_factory=dict)
+    family: str = "classical"
+    core: bool = False
     text: bool = False
 
     def fits(self, benchmark: BenchmarkTask) -> bool:
         """Whether it says anything about a task."""
         return not self.text or isinstance(benchmark.likelihood, bi.CausalLM)
+
+    def scores(self, task: bi.Task, benchmark: BenchmarkTask) -> xr.Dataset:
+        """Score a task; what it cost is in ``attrs``, as :func:`bayesinf.attribute` has it."""
+        if isinstance(self.method, str):
+            options = {**task_options(self.method, benchmark), **self.options}
+            return bi.attribute(task, self.method, **options)
+        with measured() as cost:
+            scores = self.method(task, benchmark)
+        stages = json.loads(scores.attrs["seconds"])
+        stages = {"preparation": cost.wall - sum(stages.values()), **stages}
+        return scores.assign_attrs(
+            seconds=json.dumps(stages),
+            processor_seconds=cost.cpu,
+            peak_memory=int(2**20 * cost.memory),
+            disk=0,
+        )
+
+
+def task_options(method: str, benchmark: BenchmarkTask) -> dict[str, Any]:
+    """Options of a method by name that follow from the task: its Fisher matrix and weight decay."""
+    known = {"fisher": benchmark.fisher, "weight_decay": benchmark.weight_decay}
+    return {name: known[name] for name in known if name in find_method(method).takes}
 
 
 def top_curvature(task: bi.Task, iterations: int = 30) -> float:
@@ -61,8 +105,8 @@ def top_curvature(task: bi.Task, iterations: int = 30) -> float:
     return float(vector.norm())
 
 
-def _bif(kernel: str, potential: Any, **options: Any) -> Callable[..., xr.Dataset]:
-    def scores(task: bi.Task, benchmark: BenchmarkTask, quick: dict[str, Any]) -> xr.Dataset:
+def _bif(kernel: str, potential: Any, **options: Any) -> Scores:
+    def scores(task: bi.Task, benchmark: BenchmarkTask) -> xr.Dataset:
         decay, n = benchmark.weight_decay, task.n
         posterior = bi.LocalPosterior(
             task, n_beta=n, gamma=n * (DAMPING - decay), weight_decay=decay, potential=potential
@@ -71,49 +115,16 @@ def _bif(kernel: str, potential: Any, **options: Any) -> Callable[..., xr.Datase
         sampler: Any = bi.SGLD(step)
         if kernel == "rmsprop":
             sampler = bi.RMSpropSGLD(step * 0.1, eps=0.1)
-        settings = {"chains": CHAINS, "draws": DRAWS, "warmup": WARMUP, "thin": THIN, **quick}
-        traces = bi.sample(posterior, sampler, batch_size=n // 10, progress=False, **settings)
+        traces = bi.sample(
+            posterior, sampler, batch_size=n // 10, progress=False,
+            chains=CHAINS, draws=DRAWS, warmup=WARMUP, thin=THIN,
+        )  # fmt: skip
         return bi.bif(traces, **options)
 
     return scores
 
 
-def _classical(function: Callable[..., xr.Dataset], **options: Any) -> Callable[..., xr.Dataset]:
-    def scores(task: bi.Task, benchmark: BenchmarkTask, quick: dict[str, Any]) -> xr.Dataset:
-        return function(task, **options)
-
-    return scores
-
-
-def _curved(function: Callable[..., xr.Dataset], **options: Any) -> Callable[..., xr.Dataset]:
-    def scores(task: bi.Task, benchmark: BenchmarkTask, quick: dict[str, Any]) -> xr.Dataset:
-        return function(task, fisher=benchmark.fisher, **options)
-
-    return scores
-
-
-def _form(form: Any) -> Callable[..., xr.Dataset]:
-    def scores(task: bi.Task, benchmark: BenchmarkTask, quick: dict[str, Any]) -> xr.Dataset:
-        curvature = bi.fit_curvature(task, fisher=benchmark.fisher, form=form)
-        return bi.ekfac(task, curvature=curvature, relative_damping=0.1)
-
-    return scores
-
-
-_USUAL = {"relative_damping": 0.1}
-_SOLVED = {"damping": DAMPING}
-
-
-def _calibrated(task: bi.Task, benchmark: BenchmarkTask, quick: dict[str, Any]) -> xr.Dataset:
-    curvature = bi.fit_curvature(task, fisher=benchmark.fisher)
-    found = bi.calibrate(
-        task, weight_decay=benchmark.weight_decay, error=ERROR, curvature=curvature
-    )
-    options = {**found.options, **quick}
-    return bi.bif(bi.sample(found.posterior, found.sampler, progress=False, **options))
-
-
-def _laplace(task: bi.Task, benchmark: BenchmarkTask, quick: dict[str, Any]) -> xr.Dataset:
+def _laplace(task: bi.Task, benchmark: BenchmarkTask) -> xr.Dataset:
     """As many independent draws of EK-FAC's Gaussian, as hot as :func:`bayesinf.calibrate` goes."""
     curvature = bi.fit_curvature(task, fisher=benchmark.fisher)
     damping = 0.1 * curvature.trace() / task.dimension
@@ -122,50 +133,43 @@ def _laplace(task: bi.Task, benchmark: BenchmarkTask, quick: dict[str, Any]) -> 
     first = first_temperature(task, damping)
     n_beta = find_temperature(unit, noise, start=first, ratio=0.75).n_beta
     posterior = bi.LocalPosterior(task, n_beta=n_beta, gamma=n_beta * damping)
-    settings = {"chains": CHAINS, "draws": round(ERROR**-2 / CHAINS), **quick}
-    settings |= {"warmup": 0, "thin": 1}
-    traces = bi.sample(posterior, bi.EKFACLaplace(curvature), progress=False, **settings)
+    traces = bi.sample(
+        posterior, bi.EKFACLaplace(curvature), progress=False,
+        chains=CHAINS, draws=round(ERROR**-2 / CHAINS), warmup=0, thin=1,
+    )  # fmt: skip
     return bi.bif(traces)
 
 
+def _diagonal(task: bi.Task, benchmark: BenchmarkTask) -> xr.Dataset:
+    curvature = bi.fit_curvature(task, fisher=benchmark.fisher, form="diagonal")
+    return bi.ekfac(task, curvature=curvature, **_USUAL)
+
+
 METHODS = (
-    BenchmarkMethod("BIF", True, "bayesian", _calibrated),
-    BenchmarkMethod("EK-FAC", True, "classical", _curved(bi.ekfac, **_USUAL)),
-    BenchmarkMethod("K-FAC", True, "classical", _curved(bi.kfac, **_USUAL)),
-    BenchmarkMethod("GradDot", True, "classical", _classical(bi.grad_dot)),
-    BenchmarkMethod("BM25", True, "classical", _classical(bm25), text=True),
-    BenchmarkMethod("TF-IDF", True, "classical", _classical(tf_idf), text=True),
-    BenchmarkMethod(
-        "representation similarity",
-        True,
-        "classical",
-        _classical(representation_similarity),
-        text=True,
-    ),
-    BenchmarkMethod("BIF, Laplace draws", False, "bayesian", _laplace),
-    BenchmarkMethod("BIF, tilted SGLD", False, "bayesian", _bif("sgld", "tilted")),
-    BenchmarkMethod("BIF, plain SGLD", False, "bayesian", _bif("sgld", "plain")),
-    BenchmarkMethod("BIF, tilted RMSprop-SGLD", False, "bayesian", _bif("rmsprop", "tilted")),
-    BenchmarkMethod("BIF, plain RMSprop-SGLD", False, "bayesian", _bif("rmsprop", "plain")),
+    BenchmarkMethod("BIF", "bif", {"error": ERROR}, "bayesian", core=True),
+    BenchmarkMethod("EK-FAC", "ekfac", _USUAL, core=True),
+    BenchmarkMethod("K-FAC", "kfac", _USUAL, core=True),
+    BenchmarkMethod("GradDot", "grad_dot", core=True),
+    BenchmarkMethod("BM25", "bm25", core=True, text=True),
+    BenchmarkMethod("TF-IDF", "tf_idf", core=True, text=True),
+    BenchmarkMethod("representation similarity", "representation_similarity", core=True, text=True),
+    BenchmarkMethod("BIF, Laplace draws", _laplace, family="bayesian"),
+    BenchmarkMethod("BIF, tilted SGLD", _bif("sgld", "tilted"), family="bayesian"),
+    BenchmarkMethod("BIF, plain SGLD", _bif("sgld", "plain"), family="bayesian"),
+    BenchmarkMethod("BIF, tilted RMSprop-SGLD", _bif("rmsprop", "tilted"), family="bayesian"),
+    BenchmarkMethod("BIF, plain RMSprop-SGLD", _bif("rmsprop", "plain"), family="bayesian"),
     BenchmarkMethod(
         "normalised BIF, tilted SGLD",
-        False,
-        "bayesian",
         _bif("sgld", "tilted", normalize="correlation"),
+        family="bayesian",
     ),
-    BenchmarkMethod("GradCos", False, "classical", _classical(bi.grad_cos)),
-    BenchmarkMethod("diagonal Fisher", False, "classical", _form("diagonal")),
-    BenchmarkMethod("EK-FAC, λ of the solvers", False, "classical", _curved(bi.ekfac, **_SOLVED)),
-    BenchmarkMethod("EK-FAC, deflated", False, "classical", _curved(bi.deflated_ekfac, **_SOLVED)),
-    BenchmarkMethod(
-        "conjugate gradients", False, "classical", _curved(bi.conjugate_gradient, **_SOLVED)
-    ),
-    BenchmarkMethod("ASTRA", False, "classical", _curved(bi.astra, **_SOLVED)),
-    BenchmarkMethod(
-        "LiSSA", False, "classical", _classical(bi.lissa, damping=DAMPING, iterations=50)
-    ),
-    BenchmarkMethod(
-        "Gauss–Newton, dense", False, "classical", _classical(bi.gauss_newton, damping=DAMPING)
-    ),
-    BenchmarkMethod("Hessian, dense", False, "classical", _classical(bi.hessian, damping=DAMPING)),
+    BenchmarkMethod("GradCos", "grad_cos"),
+    BenchmarkMethod("diagonal Fisher", _diagonal),
+    BenchmarkMethod("EK-FAC, λ of the solvers", "ekfac", _SOLVED),
+    BenchmarkMethod("EK-FAC, deflated", "deflated_ekfac", _SOLVED),
+    BenchmarkMethod("conjugate gradients", "conjugate_gradient", _SOLVED),
+    BenchmarkMethod("ASTRA", "astra", _SOLVED),
+    BenchmarkMethod("LiSSA", "lissa", {**_SOLVED, "iterations": 50}),
+    BenchmarkMethod("Gauss–Newton, dense", "gauss_newton", _SOLVED),
+    BenchmarkMethod("Hessian, dense", "hessian", _SOLVED),
 )

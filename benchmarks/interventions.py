@@ -190,11 +190,9 @@ def _scores(benchmark: BenchmarkTask, options: argparse.Namespace) -> dict[str, 
         if m.fits(benchmark)
         and {"all", m.family, m.name, "core" if m.core else m.name} & set(options.methods)
     ]  # fmt: skip
-    scores, costs, refused = run(benchmark, chosen, benchmark.bank(), QUICK)
+    scores, refused = run(benchmark, chosen, benchmark.bank())
     for name, why in refused.items():
         print(f"not run: {name}: {why}", flush=True)
-    for name, own in scores.items():
-        own.attrs["seconds"] = costs[name].wall
     return scores
 
 

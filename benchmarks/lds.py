@@ -21,7 +21,6 @@ import xarray as xr
 import bayesinf as bi
 from bayesinf.evaluation._tables import COSTS
 from bayesinf.plots import plot_lds_time, report
-from benchmarks._measure import Cost, measured
 from benchmarks._methods import METHODS, BenchmarkMethod
 from benchmarks.retrain import make_banks
 from benchmarks.tasks import TASKS, BenchmarkTask, get_task
@@ -50,9 +49,8 @@ def run(
     benchmark: BenchmarkTask,
     methods: list[BenchmarkMethod],
     bank: xr.Dataset,
-    quick: dict[str, Any] | None = None,
     device: str = "cpu",
-) -> tuple[dict[str, xr.Dataset], dict[str, Cost], dict[str, str]]:
+) -> tuple[dict[str, xr.Dataset], dict[str, str]]:
     """Score a task's checkpoint with each method.
 
     Parameters
@@ -63,14 +61,12 @@ def run(
         Rows.
     bank
         Ground truth.
-    quick
-        Options of :func:`bayesinf.sample` to override (for tests).
     device
         Where the scores are computed.
 
     Returns
     -------
-    scores, costs, refused
+    scores, refused
         By method name; ``refused`` says why a method could not run.
     """
     train, query = benchmark.data()
@@ -79,42 +75,39 @@ def run(
     )
     task.train.ids, task.query.ids = bank["train"].values, bank["query"].values
     scores: dict[str, xr.Dataset] = {}
-    costs: dict[str, Cost] = {}
     refused: dict[str, str] = {}
     for method in methods:
         print(f"… {method.name}", flush=True)
         try:
-            with measured() as cost, warnings.catch_warnings(record=True) as caught:
+            with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                scores[method.name] = method.scores(task, benchmark, quick or {})
+                scores[method.name] = method.scores(task, benchmark)
         except _REFUSALS as error:
             refused[method.name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
             continue
-        costs[method.name] = cost
         for warning in caught:
             if issubclass(warning.category, UserWarning):
                 print(f"  {warning.category.__name__}: {warning.message}", flush=True)
-    return scores, costs, refused
+    return scores, refused
 
 
-def format_table(table: xr.Dataset, scores: dict[str, xr.Dataset], costs: dict[str, Cost]) -> str:
+def format_table(table: xr.Dataset, scores: dict[str, xr.Dataset]) -> str:
     """One line a method, best first, in Markdown."""
     rows = [_HEADER, tuple("---" for _ in _HEADER)]
     for k in np.argsort(-table["lds"].values):
         own = table.isel(scorer=int(k))
         name = str(own["scorer"].values)
         stages = json.loads(scores[name].attrs["seconds"])
-        cost = costs[name]
         rows.append(
             (
                 name,
                 f"{float(own['lds']):.3f} [{float(own['lower']):.3f}, {float(own['upper']):.3f}]",
                 f"{float(own['relative']):.2f}" if "relative" in own else "",
                 ", ".join(f"{stage} {_short(seconds)}" for stage, seconds in stages.items()),
-                f"{cost.cpu:.1f}",
-                f"{cost.memory:.0f}",
-                f"{_short(scores[name].attrs['forward_examples'])} / "
-                f"{_short(scores[name].attrs['backward_examples'])}",
+                f"{float(own['processor_seconds']):.1f}",
+                f"{float(own['peak_memory']) / 2**20:.0f}",
+                f"{_short(float(own['forward_examples']))} / "
+                f"{_short(float(own['backward_examples']))}",
             )
         )
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
@@ -228,12 +221,10 @@ def main(argv: list[str] | None = None) -> None:
         if m.fits(benchmark)
         and {"all", m.family, m.name, "core" if m.core else m.name} & set(args.methods)
     ]
-    scores, costs, refused = run(benchmark, chosen, bank, device=args.device)
+    scores, refused = run(benchmark, chosen, bank, args.device)
     table = bi.lds_table(scores, bank)
-    table["seconds"] = ("scorer", [costs[name].wall for name in scores])
-    table["peak_memory"] = ("scorer", [2.0**20 * costs[name].memory for name in scores])
     differences = _differences(scores, bank)
-    text = format_table(table, scores, costs)
+    text = format_table(table, scores)
     ceiling = f"{float(table['ceiling']):.3f}" if "ceiling" in table else "unknown"
     print(
         f"\n{args.task}: {bank.sizes['subset']} halves × {bank.sizes['seed']} seeds, "

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import bayesinf as bi
+from bayesinf import _calibrated_bif
 from bayesinf._attribute import attribute, available_methods
 from bayesinf.attribution._ensemble import ensemble
 from bayesinf.attribution._registry import METHODS, Method
@@ -49,6 +50,7 @@ BAD = [
         ValueError,
         "exactly one of damping and relative_damping; got damping and relative_damping",
     ),
+    ("bif", {"fisher": "empirical", "curvature": 1}, ValueError, r"or neither; got both"),
     ("bm25", {}, ValueError, "bm25 does not run on this task: the inputs are no token ids"),
     ("hessian", {"damping": 1.0, "memory_limit": 1e-9}, ValueError, "take 0 GiB, and memory_lim"),
     ("hessian", {"damping": float("nan")}, ValueError, "damping must be a number ≥ 0; got nan"),
@@ -268,6 +270,15 @@ def test_the_bayesian_influence_function_by_name(tmp_path):
     assert scores.attrs["damping"] == pytest.approx(1.0)
     assert scores.attrs["disk"] > 0
     exact.same(bi.bif(bi.open_traces(tmp_path / "t.zarr")).influence, scores.influence)
+
+
+def test_how_its_curvature_is_fitted(monkeypatch):
+    def calibrate(task, *, curvature, **_):
+        raise LookupError(curvature.info["fisher"])
+
+    monkeypatch.setattr(_calibrated_bif, "calibrate", calibrate)
+    with pytest.raises(LookupError, match="empirical"):
+        attribute(case(), "bif", fisher="empirical")
 
 
 @pytest.mark.slow  # calibrates twice more
