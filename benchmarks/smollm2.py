@@ -272,13 +272,13 @@ def report(result: Result) -> tuple[str, int]:
 
 def agreement(result: Result) -> float:
     """Correlation of BIF and EK-FAC over pairs of a query token and a passage."""
-    sums = []
+    sums: list[np.ndarray] = []
     for scores in (result.methods["BIF"], result.methods["EK-FAC"]):
         names, place = np.unique(scores["train"].values, return_inverse=True)
         total = np.zeros((scores.sizes["query_token"], len(names)))
         np.add.at(total.T, place, scores["influence"].values.T)
         sums.append(total.ravel())
-    return float(np.corrcoef(*sums)[0, 1])
+    return float(np.corrcoef(np.stack(sums))[0, 1])
 
 
 def save_page(result: Result, query: Any, page: Path, picture: Path | None) -> None:

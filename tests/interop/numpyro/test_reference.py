@@ -79,6 +79,7 @@ def logistic(rng: torch.Generator) -> bi.Task:
     return bi.Task(model, bi.Categorical(), train=(x[:20], y[:20]), query=(x[20:], y[20:]))
 
 
+@pytest.mark.slow
 def test_hmc_of_torch_and_nuts_agree(rng: torch.Generator) -> None:
     """A tilted logistic posterior far from Gaussian; both laws are exact.
 
