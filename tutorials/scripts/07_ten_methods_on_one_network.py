@@ -453,8 +453,9 @@ for ax in axes.flat:
     ax.spines[:].set_visible(False)
 
 # %% [markdown]
-# The network took a 3 for a 2. All four find other threes helpful and twos harmful; they part over
-# which. kNN-Shapley shows threes that look like the query, GradDot those with large gradients.
+# The network took a 3 for a 2. All four find mostly threes helpful and twos harmful, and part over
+# which. kNN-Shapley shows threes that look like the query, GradDot those with large gradients;
+# conjugate gradients put others among them, which likeness alone would not have found.
 #
 # ## 9. What to choose when
 #
