@@ -73,7 +73,11 @@ def test_every_kernel_goes_on_where_it_stopped(kernel):
 
 @pytest.mark.parametrize(
     ("kernel", "disk", "draws"),
-    [("SGLD", False, 80), ("SGLD", True, 15), ("RMSpropSGLD", True, 15)],
+    [
+        pytest.param("SGLD", False, 80, marks=pytest.mark.slow),
+        ("SGLD", True, 15),
+        ("RMSpropSGLD", True, 15),
+    ],
 )
 def test_many_draws_at_once_or_one_at_a_time(tmp_path, kernel, disk, draws):
     parts = in_steps(tmp_path / "t.zarr" if disk else None, kernel, draws, 1)

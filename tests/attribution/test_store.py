@@ -168,7 +168,13 @@ def killed(path, method, words):
     return said
 
 
-@pytest.mark.parametrize("method", interrupted_scores.METHODS)
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name == "gauss_newton" else ())
+        for name in interrupted_scores.METHODS
+    ],
+)
 def test_five_kills_at_random_moments(tmp_path, method):
     """In the fit, in saving it, between blocks and while one is written; drawn at every run."""
     whole, moments = run(tmp_path / "whole", method), random.Random()

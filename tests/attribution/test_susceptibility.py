@@ -45,7 +45,7 @@ def exact(case, entries, potential):
     return -N_BETA * (linear + square).numpy()
 
 
-@pytest.mark.parametrize("potential", ["tilted", "plain"])
+@pytest.mark.parametrize("potential", [pytest.param("tilted", marks=pytest.mark.slow), "plain"])
 def test_parts_of_a_regression(potential):
     """180 comparisons within 5.5 standard errors of 23 degrees of freedom: false alarms 0.3 %."""
     case = quadratic.make()

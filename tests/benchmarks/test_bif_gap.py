@@ -1,6 +1,7 @@
 """The steps from EK-FAC's score to a chain's, on a small task."""
 
 import numpy as np
+import pytest
 import torch
 
 import bayesinf as bi
@@ -27,6 +28,7 @@ def test_linear_draws_have_the_covariance():
     np.testing.assert_allclose(found, a @ a.T, atol=0.05 * np.diag(a @ a.T).max())
 
 
+@pytest.mark.slow
 def test_rows_come_with_their_limits():
     task = get_task("diabetes-mlp")
     bank = task.bank()

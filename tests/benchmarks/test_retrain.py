@@ -88,6 +88,7 @@ def test_a_bank_that_is_there_is_left_alone_and_a_cut_run_goes_on(
         xr.testing.assert_identical(open_bank(again[name]), open_bank(expected[name]))
 
 
+@pytest.mark.slow  # as tests/evaluation/test_own_training.py on a smaller task
 def test_workers_make_the_same_bank(tmp_path: Path) -> None:
     """A second process takes part; it starts in seconds, by when the first may be done."""
     alone = program.make_banks(TINY, tmp_path / "one", progress=False)
