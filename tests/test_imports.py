@@ -178,7 +178,16 @@ def test_only_figures_draw():
             assert not roots(direct(name)) & {"matplotlib", "arviz_plots", "sklearn", "mlxtend"}
 
 
-HEAVY = "jax", "numpyro", "blackjax", "transformers", "matplotlib", "arviz_plots", "sklearn", "mlxtend"
+HEAVY = (
+    "jax",
+    "numpyro",
+    "blackjax",
+    "transformers",
+    "matplotlib",
+    "arviz_plots",
+    "sklearn",
+    "mlxtend",
+)
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,8 @@ def _blocks(language: str) -> list[str]:
 def test_the_examples_run_and_their_chains_are_good(tmp_path: Path) -> None:
     first, errors, second, _, judging, named, others = _blocks("python")
     assert len([line for line in first.splitlines() if line.strip()]) <= 16
-    code = f"import torch\ntorch.set_num_threads(1)\n{first}\n{errors}\n{second}\n{judging}\n{named}\n{others}\n" + (
+    examples = "\n".join((first, errors, second, judging, named, others))
+    code = f"import torch\ntorch.set_num_threads(1)\n{examples}\n" + (
         "import numpy as np\n"
         "def correlation(a, b):\n"
         "    return np.corrcoef(a.influence.values.ravel(), b.influence.values.ravel())[0, 1]\n"
