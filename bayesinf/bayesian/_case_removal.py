@@ -21,6 +21,7 @@ __all__ = ["ParetoWarning", "case_removal", "pareto_threshold", "smoothed_weight
 
 
 _EQUAL = 1e-6
+_ALIKE = 0.1
 """Range of log-weights below which they are as good as equal."""
 
 
@@ -187,7 +188,9 @@ def smoothed_weights(log_p: np.ndarray, fraction: float = 1.0) -> tuple[np.ndarr
     tuple of np.ndarray
         Weights ``(C, T, N)`` with the sum 1, and Pareto's k ``(N,)``. Where log p varies by less
         than 1e-6, or all of the largest weights are equal, there is no tail to fit (ArviZ 0.8
-        returns NaN or refuses): the weights are the raw ones and k is 0.
+        returns NaN or refuses): the weights are the raw ones and k is 0. Nor is there one where a
+        quarter of it ties with its threshold, as log p rounded to float32 does: k is 0 where all
+        weights are within a tenth of each other, and infinite where they are not.
 
     Raises
     ------
@@ -205,9 +208,12 @@ def smoothed_weights(log_p: np.ndarray, fraction: float = 1.0) -> tuple[np.ndarr
     log_weights, k = -flat, np.zeros(flat.shape[1])
     for j in np.flatnonzero(np.ptp(flat, axis=0) > _EQUAL):
         try:
-            log_weights[:, j], k[j] = array_stats.psislw(flat[:, j], r_eff=fraction)
+            with np.errstate(divide="raise", invalid="raise"):
+                log_weights[:, j], k[j] = array_stats.psislw(flat[:, j], r_eff=fraction)
         except ValueError:  # all values of the tail are the same
             continue
+        except FloatingPointError:  # a quarter of them is the same
+            k[j] = 0.0 if np.ptp(flat[:, j]) < _ALIKE else np.inf
     raw = np.exp(log_weights - log_weights.max(axis=0))
     return (raw / raw.sum(axis=0)).reshape(log_p.shape), k
 

@@ -134,3 +134,14 @@ def test_cases_that_hardly_matter_have_plain_weights() -> None:
 def test_threshold() -> None:
     assert pareto_threshold(100) == pytest.approx(0.5)
     assert pareto_threshold(10**6) == 0.7
+
+
+@pytest.mark.parametrize(("scale", "expected"), [(1e-3, 0.0), (1.0, np.inf)])
+def test_a_tail_of_ties_has_no_fit(scale: float, expected: float) -> None:
+    """The largest weights are those of one in a hundred draws, the next ones all the same."""
+    log_p = np.zeros((4, 500, 1))
+    log_p[:, ::100, 0] = -scale * np.linspace(0.5, 1.0, 20).reshape(4, 5)
+    weights, k = smoothed_weights(log_p)
+    assert k[0] == expected
+    raw = np.exp(-log_p)
+    np.testing.assert_allclose(weights, raw / raw.sum(), rtol=1e-12)
