@@ -40,6 +40,8 @@ _TOLERANCE = {
     torch.bfloat16: 0.15,
 }
 """How far a trace may differ from the plain computation, relative to the largest number."""
+_APART = 0.01
+"""How far from the checkpoint the two are compared, in root mean squares of its weights."""
 
 
 class VectorizationWarning(UserWarning):
@@ -152,10 +154,13 @@ class ChainFunctions:
     ) -> None:
         """Check a fresh trace against the plain computation for the last chain.
 
-        At the checkpoint: far from it, rounding alone may turn a gradient around.
+        Close to the checkpoint: far from it, rounding alone may turn a gradient around, and at it
+        the gradient may vanish, so that rounding is all there is to compare.
         """
         mine = tree_unflatten(leaves if shared else [leaf[-1] for leaf in leaves], spec)
         start = self.task.flatten(self.task.params).to(position)
+        noise = torch.randn(len(start), generator=torch.Generator().manual_seed(0)).to(start)
+        start = start + _APART * start.square().mean().sqrt() * noise
         with torch.no_grad():
             traced = [out[-1] for out in self._traces[key](start.expand_as(position), *leaves)]
         tolerance = _TOLERANCE[self.task.module_dtype]

@@ -337,3 +337,18 @@ def test_large_networks_take_few_examples_at_a_time(monkeypatch, weighted):
     assert seen == [3, 3, 1] * 2
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_a_network_at_its_exact_optimum_is_vectorised() -> None:
+    """Its gradient is rounding alone, which no two computations share."""
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 5, generator=rng)
+    y = x @ torch.randn(5, 2, generator=rng) + torch.randn(200, 2, generator=rng)
+    model = nn.Linear(5, 2, bias=False)
+    model.weight.data = torch.linalg.lstsq(x.double(), y.double()).solution.T.float()
+    task = bi.Task(model, bi.Gaussian(), train=(x, y), query=(x[:3], y[:3]))
+    functions = ChainFunctions(task)
+    position = task.flatten(task.params)[None]
+    gradient, _ = functions.loss_grad(position.repeat(4, 1), (x, y), shared=True)
+    assert gradient.abs().max() < 1e-5
+    assert functions.vectorize
