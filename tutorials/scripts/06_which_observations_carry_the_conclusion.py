@@ -55,9 +55,9 @@ INK, ORANGE, GREEN, GREY = "#1f4e79", "#d95f02", "#1b7837", "0.6"
 # ## 1. A model and a conclusion
 #
 # 569 tumours, 212 of them malignant; of each, cell nuclei were measured under a microscope. Four of
-# these measurements, standardised, are to predict malignancy (out of several sets of four we took one
-# whose conclusion turned out fragile, as that is what there is to see). Every case has a **weight** $b_i$,
-# the power to which its likelihood is raised, and all weights are 1: this is the usual model. They
+# these measurements, standardised, are to predict malignancy; of several sets of four we took one
+# whose conclusion turned out fragile, as that is what there is to see. Every case has a **weight**
+# $b_i$, the power to which its likelihood is raised, and all are 1: this is the usual model. They
 # stand in it so that we can change them later.
 
 # %%
