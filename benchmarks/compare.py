@@ -108,7 +108,7 @@ def _said(setting: Mapping[str, Any]) -> str:
 
 
 def text_of(tables: Mapping[str, xr.Dataset]) -> str:
-    """One line a method in Markdown: LDS on every task, and costs on the first."""
+    """One line a method in Markdown, best on the first task first: LDS by task, costs there."""
     header = ["method", *tables, "CPU s", "passes forward / backward", "MiB", "disk MiB"]
     held = {
         row.label: [
@@ -117,13 +117,13 @@ def text_of(tables: Mapping[str, xr.Dataset]) -> str:
         ]
         for row in ROWS
     }
-    means = {
-        label: np.mean([float(own["lds"]) for own in found if own is not None])
+    ranks = {
+        label: next((-k, float(own["lds"])) for k, own in enumerate(found) if own is not None)
         for label, found in held.items()
         if any(own is not None for own in found)
     }
     lines = [header, ["---"] * len(header)]
-    for label in sorted(means, key=lambda name: -means[name]):
+    for label in sorted(ranks, key=lambda name: ranks[name], reverse=True):
         judged = [
             "–" if own is None else f"{float(own['lds']):.3f} ± {_half(own):.3f}"
             for own in held[label]
