@@ -95,6 +95,7 @@ def test_stages_spend_their_budgets_and_go_on_from_the_same_draws(
         assert stage.scores == pytest.approx((stage.seconds - 8 - 2 * scorings) / 0.1)  # draws
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::bayesinf.ConvergenceWarning")
 def test_the_frontier_of_a_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(frontier, "DAMPINGS", (0.1, 1.0))
