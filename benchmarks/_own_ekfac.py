@@ -20,7 +20,7 @@ import torch
 import xarray as xr
 
 from bayesinf import Task, ekfac
-from benchmarks._measure import peak_mb, resident_mb
+from bayesinf._measuring import peak_mb, resident_mb
 from benchmarks._peer_digits import load_task, to_peer
 from benchmarks._peer_lm import load_lm_task, token_grid
 

@@ -24,7 +24,7 @@ import torch
 
 import bayesinf as bi
 from bayesinf._axes import Axis
-from benchmarks._measure import peak_mb, resident_mb
+from bayesinf._measuring import peak_mb, resident_mb
 
 __all__ = ["NAME", "SETTINGS", "main", "store_of"]
 

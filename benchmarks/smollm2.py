@@ -37,7 +37,7 @@ import xarray as xr
 from torch import Tensor
 
 import bayesinf as bi
-from benchmarks._measure import Cost, measured, peak_mb
+from bayesinf._measuring import Cost, measured, peak_mb
 from benchmarks._table import format_table, verdict
 
 __all__ = ["Plan", "Result", "main", "passages", "run"]

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from bayesinf import SGLD, CausalLM, LocalPosterior, StreamingCovariance, Task, bif, sample
-from benchmarks._measure import measured
+from bayesinf._measuring import measured
 from benchmarks._table import format_table, verdict
 
 __all__ = ["Micro", "Size", "main", "measure"]

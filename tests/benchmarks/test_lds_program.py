@@ -116,7 +116,7 @@ def test_measured_sees_seconds_and_memory() -> None:
     """In a process of its own: in one that has held more, freed memory would serve it."""
     program = """
 import numpy as np
-from benchmarks._measure import measured
+from bayesinf._measuring import measured
 with measured() as cost:
     total = float(np.ones(40 << 17).sum())  # 40 MiB
 print(total, cost.memory, cost.cpu, cost.wall)

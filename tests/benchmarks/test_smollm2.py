@@ -10,8 +10,8 @@ import torch
 import xarray as xr
 
 from bayesinf import LocalPosterior
+from bayesinf._measuring import Cost
 from benchmarks import smollm2
-from benchmarks._measure import Cost
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
