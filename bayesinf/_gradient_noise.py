@@ -38,8 +38,9 @@ from bayesinf.samplers._preconditioner import pull, push
 
 __all__ = ["GradientNoise", "GradientNoiseWarning", "excess_temperature", "gradient_noise"]
 
-_NUMBERS = 2**23
-"""Numbers in all the gradients held at once; fewer are drawn where they would be more."""
+_NUMBERS = 2**22
+"""Numbers in all the gradients held at once; where they would be more, fewer batches are drawn,
+and of the largest networks those of fewer chains."""
 
 _FEWEST = 4
 
@@ -71,7 +72,7 @@ class GradientNoise:
     top
         The hottest direction, ``(d,)`` in ``z``.
     sample
-        Noise of one batch of every chain, ``(C, d)`` in ``z``.
+        Noise of one batch of every measured chain, ``(C, d)`` in ``z``.
     """
 
     mean: float
@@ -113,7 +114,7 @@ def gradient_noise(
         Of the kernel, whose coordinates the noise is measured in.
     draws
         Independent batches per position, at least 4; fewer where all gradients together would be
-        more than ``2^23`` numbers.
+        more than ``2^22`` numbers. Where 4 are still more, fewer positions are measured.
     seed
         Of the batches.
     vectorize, chunk_size
@@ -153,18 +154,19 @@ def measure(
     rows = list(range(len(position))) if alive is None else alive
     if draws < _FEWEST:
         raise ValueError(f"draws must be at least {_FEWEST}; got {draws}.")
-    draws = min(draws, max(_FEWEST, _NUMBERS // position.numel()))
+    rows = rows[: max(1, _NUMBERS // (_FEWEST * position.shape[1]))]
+    draws = min(draws, max(_FEWEST, _NUMBERS // position[rows].numel()))
     found = position.new_empty(draws, len(rows), position.shape[1])
     order = [*range(0, draws, 2), *range(1, draws, 2)]  # the two halves one after the other
     for place, k in enumerate(order):
         gradient = pull(preconditioner, batching.potential.grad(position, batching.stream.probe(k)))
-        found[place] = (gradient * _scale(state))[rows]
-    return _summarise(found)
+        found[place] = gradient[rows]
+    return _summarise(_scaled(found, {name: value[rows] for name, value in state.items()}))
 
 
-def _scale(state: State) -> Tensor | float:
-    """Root of a diagonal preconditioner that was adapted and frozen."""
-    return state["scale"].sqrt() if "scale" in state else 1.0
+def _scaled(rows: Tensor, state: State) -> Tensor:
+    """Times the root of a diagonal preconditioner that was adapted and frozen."""
+    return rows * state["scale"].sqrt() if "scale" in state else rows
 
 
 def _summarise(rows: Tensor) -> GradientNoise:
@@ -210,8 +212,8 @@ def excess_temperature(
     white = noise.excess(sampler)
     if not 0 < noise.mean < float("inf"):
         return white
-    kept = {name: value[alive[:_CURVATURES]] for name, value in state.items()}
     along = noise.sample[:_CURVATURES]
+    kept = {name: value[alive[: len(along)]] for name, value in state.items()}
     examples = _examples(batching, noise.draws, len(along))
     curvature = [
         _curvature(batching.potential, kept, preconditioner, rows, examples)
@@ -239,7 +241,7 @@ def _curvature(
     examples: Tensor | None,
 ) -> float:
     """Mean of ``xᵀÃx / xᵀx`` over the rows, each at its position, at least the prior's share."""
-    moved = push(preconditioner, rows * _scale(state))
+    moved = push(preconditioner, _scaled(rows, state))
     at_once = 1 if rows.shape[1] > MAX_VECTORIZED_PARAMETERS else _AT_ONCE
     parts = [None] if examples is None else examples.split(at_once, dim=1)
     size = [1 if part is None else part.shape[1] for part in parts]

@@ -30,7 +30,7 @@ from bayesinf._tracing import record
 __all__ = ["MAX_VECTORIZED_PARAMETERS", "ChainFunctions", "VectorizationWarning"]
 
 MAX_VECTORIZED_PARAMETERS = 1_000_000
-_AT_ONCE = 8
+_AT_ONCE = 4
 """Examples of one backward pass of networks with more parameters."""
 
 _TOLERANCE = {
@@ -189,41 +189,36 @@ def _loss_grad(task: Task, w: Tensor, batch: Batch, weights: Tensor | None = Non
     ``torch.func.grad`` would keep what a second derivative needs. Of a large network, activations
     of all examples take more memory than a processor has near it: there, a few at a time.
     """
-    params = task.unflatten(w)
+    leaves = {name: p.detach().requires_grad_() for name, p in task.unflatten(w).items()}
     given = (batch,) if weights is None else (batch, weights)
     size = len(tree_leaves(batch)[0])
     few = task.dimension > MAX_VECTORIZED_PARAMETERS and w.device.type == "cpu"
     step = _AT_ONCE if few else max(1, size)
-    total: Tensor | None = None
     found = []
     for start in range(0, size, step):
         part = tree_map(lambda leaf, start=start: leaf[start : start + step], given)
-        gradient, losses = _sum_grad(task, params, *part)
-        total = gradient if total is None else total.add_(gradient)
-        found.append(losses)
-    assert total is not None
-    return [total.div_(size), torch.cat(found)]
-
-
-def _sum_grad(
-    task: Task, params: dict[str, Tensor], batch: Batch, weights: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Gradient of the sum of losses, weighted or not, and the losses."""
-    with torch.enable_grad():
-        leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
-        losses = task.losses(leaves, batch)
-        total = (losses if weights is None else losses * weights).sum()
-        found = torch.autograd.grad(total, list(leaves.values()), materialize_grads=True)
-    return task.flatten(dict(zip(leaves, found, strict=True))), losses.detach()
+        with torch.enable_grad():
+            losses = task.losses(leaves, part[0])
+            total = (losses if weights is None else losses * part[1]).sum()
+            torch.autograd.backward(total, inputs=list(leaves.values()))
+        found.append(losses.detach())
+    sums = {
+        name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+        for name, leaf in leaves.items()
+    }
+    return [task.flatten(sums).div_(size), torch.cat(found)]
 
 
 def _loop(
     one: Callable[..., list[Tensor]], position: Tensor, given: tuple[Any, ...], shared: bool
 ) -> list[Tensor]:
     leaves, spec = tree_flatten(given)
-    rows = []
+    outs: list[Tensor] = []
     with torch.no_grad():
         for c, w in enumerate(position):
             mine = given if shared else tree_unflatten([leaf[c] for leaf in leaves], spec)
-            rows.append(one(w, *mine))
-    return [torch.stack(parts) for parts in zip(*rows, strict=True)]
+            row = one(w, *mine)
+            outs = outs or [value.new_empty(len(position), *value.shape) for value in row]
+            for out, value in zip(outs, row, strict=True):
+                out[c] = value
+    return outs

@@ -17,8 +17,9 @@ from torch import Tensor
 
 __all__ = ["Head", "blockwise_losses"]
 
-_BLOCK = 1 << 22
-"""Logits that exist at a time: 16 MiB in float32."""
+_BLOCK, _ON_ACCELERATOR, _ROWS = 1 << 18, 1 << 24, 64
+"""Logits that exist at a time, 1 MiB in float32 near a processor, 64 on an accelerator, which waits
+for launches; but of so many tokens at least."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,8 +148,8 @@ def _derivatives(
     sums: list[Tensor] = []
     for block in _blocks(hidden, weight):
         by, at = outer[block].unsqueeze(1), label[block]
-        p = _gaps(hidden[block], weight, bias, at).softmax(1)
-        d = (p * by).scatter_add(1, at.unsqueeze(1), -by).to(hidden.dtype)
+        d = _precise(F.linear(hidden[block], weight, bias)).softmax(1) * by
+        d = d.scatter_add_(1, at.unsqueeze(1), -by).to(hidden.dtype)
         if wanted[0]:
             rows.append(d @ weight)
         parts = [_precise(d.T @ hidden[block])] if wanted[1] else []
@@ -159,16 +160,12 @@ def _derivatives(
 
 
 def _blocks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
-    rows = max(1, _BLOCK // weight.shape[0])
+    numbers = _BLOCK if hidden.device.type == "cpu" else _ON_ACCELERATOR
+    rows = max(_ROWS, numbers // weight.shape[0])
     for start in range(0, len(hidden), rows):
         yield slice(start, start + rows)
 
 
-def _gaps(hidden: Tensor, weight: Tensor, bias: Tensor | None, label: Tensor) -> Tensor:
-    """``f_v − f_y`` ``(n, V)``; half precision is raised to float32 after the product."""
-    f = _precise(F.linear(hidden, weight, bias))
-    return f - f.gather(1, label.unsqueeze(1))
-
-
 def _precise(x: Tensor) -> Tensor:
+    """Half precision raised to float32."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

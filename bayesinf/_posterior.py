@@ -262,7 +262,7 @@ class Potential:
     def assemble(self, position: Tensor, loss_grad: Tensor, batch: Tensor | None) -> Tensor:
         """Gradient of the potential from :meth:`loss_grad` at the same position and batch."""
         p, shift = self.posterior, self._shift(batch, len(position))
-        out = p.n_beta * (loss_grad if shift is None else loss_grad + shift)
+        out = p.n_beta * loss_grad if shift is None else (loss_grad + shift).mul_(p.n_beta)
         if self._tilted:
             return out.add_(position - self.center, alpha=p.prior_precision)
         out.add_(position, alpha=p.prior_precision)

@@ -68,9 +68,9 @@ class TraceStore(ChainRecord):
         self._root = root  # a zarr.Group, whose static types do not follow paths into groups
         self._store = store
         self.config: dict[str, Any] = self._root.attrs["config"]
-        self._memory: tuple[dict[str, Any], bytes] | None = None
+        self._facts: dict[str, Any] = {"draws_written": 0}
+        self._kept: bytes | None = None  # the payload of a store in memory
         self.draws = 0
-        self._payload: bytes | None = None
         self._with_tokens = [g for g in ("train", "query") if f"{g}_token" in root]
         self._ids: dict[str, np.ndarray] = {}
         self._axes: dict[str, Axis] = {}
@@ -187,13 +187,14 @@ class TraceStore(ChainRecord):
         """Nothing waits: what was appended is committed."""
 
     def _commit(self, draws: int, payload: bytes, extra: Mapping[str, Any]) -> None:
-        header = {"draws_written": draws, **extra}
+        line = json.dumps({"draws_written": draws, **extra})
         if self.path is None:
-            self._memory = (header, payload)
+            self._kept = payload
         else:
             with replacing(self._commit_path()) as file:
-                file.write(json.dumps(header).encode() + b"\n" + payload)
-        self._read_commit()
+                file.write(line.encode() + b"\n")
+                file.write(payload)
+        self._facts, self.draws = json.loads(line), draws
 
     def _commit_path(self) -> Path:
         # Inside an array's folder, which Zarr readers never list.
@@ -202,21 +203,23 @@ class TraceStore(ChainRecord):
 
     def _read_commit(self) -> None:
         if self.path is not None and self._commit_path().exists():
-            line, _, payload = self._commit_path().read_bytes().partition(b"\n")
-            self._memory = (json.loads(line), payload)
-        if self._memory is not None:
-            header, self._payload = self._memory
-            self.draws = int(header["draws_written"])
+            with self._commit_path().open("rb") as file:
+                self._facts = json.loads(file.readline())
+            self.draws = int(self._facts["draws_written"])
 
     @property
     def payload(self) -> bytes | None:
         """The sampler's state at the last commit, or None before the first."""
-        return self._payload
+        if self.path is None or not self._commit_path().exists():
+            return self._kept
+        with self._commit_path().open("rb") as file:
+            file.readline()
+            return file.read()
 
     @property
     def commit_facts(self) -> dict[str, Any]:
         """What the last commit says."""
-        return dict(self._memory[0]) if self._memory else {"draws_written": 0}
+        return dict(self._facts)
 
     # ------------------------------------------------------------------ reading
 

@@ -22,6 +22,7 @@ B, T, M, V = 5, 6, 4, 7
 @pytest.fixture(params=[1, 3 * V, 10**6], ids=["one-token", "blocks", "at-once"])
 def block(request, monkeypatch):
     monkeypatch.setattr(_head, "_BLOCK", request.param)
+    monkeypatch.setattr(_head, "_ROWS", 1)
 
 
 def parts(rng, bias=True, dtype=torch.float64):
@@ -194,6 +195,7 @@ class Reader(nn.Module):
 def test_all_logits_never_exist(rng, monkeypatch, vectorize):
     """512 words, 2 chains of 8 × 13 tokens: blocks of 8 tokens, not 96, and few at a time."""
     monkeypatch.setattr(_head, "_BLOCK", 8 * 512)
+    monkeypatch.setattr(_head, "_ROWS", 1)
     ids = torch.randint(512, (8, 13), generator=rng)
     chunked, plain = Reader().double(), Reader().double()
     plain.load_state_dict(chunked.state_dict())

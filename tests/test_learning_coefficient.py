@@ -198,8 +198,7 @@ def test_refusals():
         with pytest.raises(ValueError, match="n_beta = 0 samples the prior alone"):
             llc(control)
         old = draw(case.posterior, bi.HMC(0.01, 2), **options)
-        header, payload = old._memory
-        old._memory = ({**header, "checks": {}}, payload)
+        old._facts = {**old._facts, "checks": {}}
         with pytest.raises(bi.StoreError, match="written by an earlier version"):
             llc(old)
 
@@ -207,8 +206,7 @@ def test_refusals():
 def test_failed_chains_are_left_out():
     case = quadratic.make()
     traces = draw(case.posterior, bi.HMC(0.01, 4), chains=4)
-    header, payload = traces._memory
-    traces._memory = ({**header, "failed": {"1": "lost"}}, payload)
+    traces._facts = {**traces._facts, "failed": {"1": "lost"}}
     with pytest.warns(bi.FailedChainsWarning, match="3 of 4 chains remain"):
         result = llc(traces)
     assert result["chain"].values.tolist() == [0, 2, 3]
