@@ -14,7 +14,7 @@ import xarray as xr
 import bayesinf as bi
 from bayesinf._measuring import measured
 from bayesinf.attribution._entry_points import find_method
-from benchmarks._methods import task_options
+from benchmarks._methods import ERROR, task_options
 from benchmarks.tasks import BenchmarkTask
 
 __all__ = ["ROWS", "ROWS_BY_LABEL", "Row", "choose", "read_row", "row_file", "run_row", "write_row"]
@@ -57,7 +57,7 @@ def _product(*grids: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], ...]:
 
 
 ROWS = (
-    Row("BIF", "bif", ({"error": 0.02},)),
+    Row("BIF", "bif", ({"error": ERROR},)),
     Row("EK-FAC", "ekfac", _LAYERS),
     Row("K-FAC", "kfac", _LAYERS),
     Row("EK-FAC, deflated", "deflated_ekfac", _WHOLE),

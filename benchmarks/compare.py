@@ -21,6 +21,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ import xarray as xr
 import bayesinf as bi
 from bayesinf.plots import plot_lds, report
 from benchmarks._compared import ROWS, ROWS_BY_LABEL, Row, read_row, row_file, run_row, write_row
+from benchmarks._methods import ERROR
 from benchmarks.tasks import TASKS, get_task
 
 __all__ = ["main", "table_of", "text_of"]
@@ -56,6 +58,7 @@ def _run_apart(task: str, row: Row, options: argparse.Namespace) -> None:
     path = row_file(options.out, task, row.label)
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.compare", task]
     command += ["--rows", row.label, "--out", str(options.out), "--here"]
+    command += ["--error", str(options.error)]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=options.limit, check=False
@@ -177,13 +180,22 @@ def main(argv: list[str] | None = None) -> None:
     add("--out", type=Path, default=Path("results/compare"), help="default: %(default)s")
     add("--workers", type=int, default=1, help="rows at a time (default: %(default)s)")
     add("--limit", type=float, default=3600.0, help="seconds of a row (default: %(default)s)")
+    add(
+        "--error",
+        type=float,
+        default=ERROR,
+        help="standard error of a correlation that the BIF samples for (default: %(default)s)",
+    )
     add("--here", action="store_true", help="one row of one task, in this process")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     tasks = options.tasks or known
     if unknown := set(tasks) - set(TASKS):
         parser.error(f"unknown task {', '.join(sorted(unknown))}")
-    rows = [ROWS_BY_LABEL[label] for label in options.rows or ROWS_BY_LABEL]
+    rows = [
+        replace(row, grid=({"error": options.error},)) if row.method == "bif" else row
+        for row in map(ROWS_BY_LABEL.__getitem__, options.rows or ROWS_BY_LABEL)
+    ]
     if options.here:
         _run_here(tasks[0], rows[0], options.out)
         return

@@ -160,7 +160,7 @@ def test_rows_that_end_badly_are_listed(tmp_path, capsys, monkeypatch) -> None:
 
 def test_a_row_is_ended_at_the_limit(tmp_path, monkeypatch) -> None:
     monkeypatch.undo()
-    options = argparse.Namespace(out=tmp_path, limit=0.01)
+    options = argparse.Namespace(out=tmp_path, limit=0.01, error=0.02)
     program._run_apart(NAME, _compared.ROWS_BY_LABEL["random"], options)
     assert row(tmp_path, "random") == {"reason": "took more than 0.01 seconds"}
 
@@ -169,3 +169,16 @@ def test_an_unknown_task_is_refused(tmp_path, capsys) -> None:
     with pytest.raises(SystemExit):
         program.main(["nowhere", "--out", str(tmp_path)])
     assert "unknown task nowhere" in capsys.readouterr().err
+
+
+def test_the_error_of_the_bif_reaches_its_row(tmp_path, monkeypatch) -> None:
+    seen = []
+
+    def run_row(benchmark, row, *_: object) -> dict[str, object]:
+        seen.append((benchmark.name, row.method, row.grid))
+        return {"reason": "not asked"}
+
+    monkeypatch.setattr(program, "run_row", run_row)
+    program.main([NAME, "--rows", "BIF", "K-FAC", "--out", str(tmp_path), "--error", "0.3"])
+    dampings = _compared.ROWS_BY_LABEL["K-FAC"].grid
+    assert seen == [(NAME, "bif", ({"error": 0.3},)), (NAME, "kfac", dampings)]

@@ -129,3 +129,20 @@ print(total, cost.memory, cost.cpu, cost.wall)
     assert total == 40 << 17
     assert 30 < memory < 80
     assert 0 < cpu <= wall + 0.5
+
+
+def test_the_error_of_the_bif_is_an_option(tmp_path, monkeypatch):
+    seen = []
+
+    class Enough(Exception):
+        pass
+
+    def run(benchmark, chosen, bank, device):
+        seen.extend((m.name, m.options) for m in chosen)
+        raise Enough
+
+    monkeypatch.setattr(program, "run", run)
+    arguments = ["diabetes-mlp", "--methods", "BIF", "GradDot", "--out", str(tmp_path)]
+    with pytest.raises(Enough):
+        program.main([*arguments, "--error", "0.1"])
+    assert seen == [("BIF", {"error": 0.1}), ("GradDot", {})]
