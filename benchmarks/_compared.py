@@ -17,7 +17,10 @@ from bayesinf.attribution._entry_points import find_method
 from benchmarks._methods import ERROR, task_options
 from benchmarks.tasks import BenchmarkTask
 
-__all__ = ["ROWS", "ROWS_BY_LABEL", "Row", "choose", "read_row", "row_file", "run_row", "write_row"]
+__all__ = [
+    "ROWS", "ROWS_BY_LABEL", "Row", "choose", "chosen_scores", "read_row", "row_file", "run_row",
+    "write_row",
+]  # fmt: skip
 
 _QUERIES = 100
 _LAYERS = tuple({"relative_damping": r} for r in (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0))
@@ -230,6 +233,18 @@ def run_row(
             "forward_examples": attrs.get("forward_examples", 0),
             "backward_examples": attrs.get("backward_examples", 0),
         }
+
+
+def chosen_scores(benchmark: BenchmarkTask, out: Path) -> dict[str, xr.Dataset]:
+    """Scores of every row kept in ``out`` that ran on a task, at the setting chosen there."""
+    found = {}
+    for row in ROWS:
+        held = read_row(row_file(out, benchmark.name, row.label))
+        if "setting" in held:
+            with tempfile.TemporaryDirectory() as name:
+                scorer = _Scorer(benchmark, row, None, Path(name))
+                found[row.label] = scorer(scorer.options(held["setting"]))
+    return found
 
 
 def _size(folder: Path) -> int:

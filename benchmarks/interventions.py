@@ -43,6 +43,7 @@ from bayesinf.evaluation import (
     train_one,
 )
 from bayesinf.plots import plot_curves, plot_mislabels, report
+from benchmarks._compared import chosen_scores
 from benchmarks._methods import ERROR, METHODS
 from benchmarks.lds import run
 from benchmarks.tasks import TASKS, BenchmarkTask, get_task
@@ -185,6 +186,9 @@ def mislabels(benchmark: BenchmarkTask, options: argparse.Namespace) -> str:
 
 def _scores(benchmark: BenchmarkTask, options: argparse.Namespace) -> dict[str, xr.Dataset]:
     """Scores of the chosen methods on the benchmark's own checkpoint; named if they cannot run."""
+    if options.compared is not None:
+        found = chosen_scores(benchmark, options.compared)
+        return {name: own for name, own in found.items() if not name.startswith("random")}
     chosen = [
         m for m in METHODS
         if m.fits(benchmark)
@@ -354,6 +358,13 @@ def main(argv: list[str] | None = None) -> None:
         metavar="METHOD",
         help="core (default), classical, bayesian, all, or names of methods",
     )
+    add(
+        "--compared",
+        type=Path,
+        metavar="DIR",
+        help="instead: every method that `benchmarks.compare --out DIR` has on the task, with the "
+        "settings that it chose",
+    )
     add("--queries", type=int, default=QUERIES, help="of removals (default: %(default)s)")
     add("--out", type=Path, default=Path("results"), help="default: %(default)s")
     add("--figures", type=Path, help="default: OUT/TASK")
@@ -361,6 +372,11 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     options.figures = options.figures or options.out / options.task
+    if options.compared is not None and not list((options.compared / options.task).glob("*.json")):
+        parser.error(
+            f"{options.compared} holds no rows of {options.task}. Make them first: "
+            f"python -m benchmarks.compare {options.task} --out {options.compared}"
+        )
     asked = {key: str(value) for key, value in vars(options).items()}
     options.tables, options.pictures = {}, {}
     benchmark = get_task(options.task)

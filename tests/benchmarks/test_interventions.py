@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import bayesinf as bi
 from bayesinf.evaluation import SGDRecipe, random_subsets, retrain, train_one
 from benchmarks import interventions as program
+from benchmarks._compared import row_file, write_row
 from benchmarks.tasks import BankPlan, BenchmarkTask
 
 plt = pytest.importorskip("matplotlib.pyplot")
@@ -97,3 +98,38 @@ def test_program_prints_three_tables_and_draws(
     page = (tmp_path / "small" / "interventions.html").read_text()
     assert page.count('<table class="sortable"') >= 3
     assert page.count("data:image/png") == len(figures)
+
+
+def test_methods_come_with_the_settings_that_were_chosen(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that did not run are left out, and so is chance, which every removal has beside it."""
+    for name, value in (("COUNTS", (3,)), ("SEEDS", (0, 1)), ("TASKS", {"small": TASK})):
+        monkeypatch.setattr(program, name, value)
+    monkeypatch.setattr(program, "get_task", lambda name: TASK)
+    command = ["small", "--parts", "removal", "--queries", "2", "--out", str(tmp_path / "out")]
+    command += ["--compared", str(tmp_path)]
+    with pytest.raises(SystemExit):
+        program.main(command)
+    said = capsys.readouterr().err
+    assert "holds no rows of small. Make them first: python -m benchmarks.compare" in said
+    setting = {"setting": {"relative_damping": 3.0}}
+    for label, held in (
+        ("K-FAC", setting), ("DataInf", {"reason": "no"}), ("random", {"setting": {}}),
+        ("GradDot", {"setting": {}}),
+    ):  # fmt: skip
+        write_row(row_file(tmp_path, "small", label), held)
+    given = {}
+    real = program.removal_counterfactual
+
+    def removal_counterfactual(scores, *args, **options):
+        given.update(scores)
+        return real(scores, *args, **options)
+
+    monkeypatch.setattr(program, "removal_counterfactual", removal_counterfactual)
+    program.main(command)
+    assert set(given) == {"K-FAC", "GradDot"}
+    assert float(given["K-FAC"].attrs["relative_damping"]) == 3.0
+    table = capsys.readouterr().out
+    assert "| K-FAC | " in table
+    assert "| random | " in table
