@@ -1,7 +1,9 @@
 """Our side of :mod:`benchmarks.language_speed`, in a process of its own.
 
 ``python -m benchmarks._own_language JOB DIR``, with the job ``sample`` (per-token losses at every
-draw, traces to a store on disk, as the peer's) or ``bif`` (scores of the peer's own draws). Prints
+draw, traces to a store on disk, as the peer's), ``sample-bfloat16`` (the same network in bfloat16
+with float32 masters, and how far its scores are from those of the last ``sample``) or ``bif``
+(scores of the peer's own draws). Prints
 one line of JSON with the fields of the peers' reports. Imports, the reading of model and data and
 the making of a store from the peer's arrays come before the clock.
 """
@@ -90,11 +92,13 @@ def store_of(losses: np.ndarray, block: int, path: Path) -> bi.TraceStore:
     return store
 
 
-def _task(folder: Path, settings: dict[str, float]) -> bi.Task:
+def _task(folder: Path, settings: dict[str, float], half: bool) -> bi.Task:
     from bayesinf.interop import huggingface as hf
 
     importlib.import_module("transformers").utils.logging.disable_progress_bar()
-    model = hf.from_pretrained(folder / "lm", attn_implementation="sdpa", chunked_head=True)
+    given: Any = {"attn_implementation": "sdpa", "chunked_head": True}
+    given |= {"dtype": torch.bfloat16} if half else {}
+    model = hf.from_pretrained(folder / "lm", **given)
     with np.load(folder / "lm_ids.npz") as saved:
         sets = {
             name: torch.as_tensor(saved[name][: int(settings[f"n_{name}"])].astype(np.int64))
@@ -104,8 +108,11 @@ def _task(folder: Path, settings: dict[str, float]) -> bi.Task:
     return bi.Task(model, bi.CausalLM(), train=train, query=query)
 
 
-def _sample(folder: Path, settings: dict[str, float], stages: dict[str, Any]) -> None:
-    task = _task(folder, settings)
+def _sample(
+    folder: Path, settings: dict[str, float], stages: dict[str, Any], half: bool
+) -> dict[str, float]:
+    """Sample; a network in bfloat16 says how far that moves the scores, as a share of them."""
+    task = _task(folder, settings, half)
     predicted = task.train.batch(slice(0, 1))[1].shape[1] - 1
     posterior = bi.LocalPosterior(
         task,
@@ -113,13 +120,21 @@ def _sample(folder: Path, settings: dict[str, float], stages: dict[str, Any]) ->
         gamma=settings["localization"],
         potential="plain",
     )
-    with tempfile.TemporaryDirectory(dir=folder) as scratch, _stage(stages, "sample"):
-        bi.sample(
-            posterior, bi.SGLD(settings["lr"]), draws=int(settings["draws"]),
-            warmup=int(settings["burnin"]), thin=int(settings["steps"]),
-            chains=int(settings["chains"]), batch_size=int(settings["batch"]), jitter=0.0,
-            tokens="both", store=Path(scratch) / "draws.zarr", progress=False,
-        )  # fmt: skip
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        with _stage(stages, "sample"):
+            traces = bi.sample(
+                posterior, bi.SGLD(settings["lr"]), draws=int(settings["draws"]),
+                warmup=int(settings["burnin"]), thin=int(settings["steps"]),
+                chains=int(settings["chains"]), batch_size=int(settings["batch"]), jitter=0.0,
+                tokens="both", store=Path(scratch) / "draws.zarr", progress=False,
+            )  # fmt: skip
+        scores = bi.bif(traces, errors=False)["influence"].values
+    kept = folder / "own_scores.npy"
+    if not half:
+        np.save(kept, scores)
+        return {}
+    full = np.load(kept)
+    return {"moved": float(np.linalg.norm(scores - full) / np.linalg.norm(full))}
 
 
 def _bif(folder: Path, block: int, keep: int, stages: dict[str, Any]) -> dict[str, Any]:
@@ -165,7 +180,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run a job; prints and returns its report."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks._own_language", description=__doc__)
     add = parser.add_argument
-    add("job", choices=("sample", "bif"))
+    add("job", choices=("sample", "sample-bfloat16", "bif"))
     add("folder", type=Path)
     add("--threads", type=int, default=1)
     add("--block", type=int, default=256)
@@ -180,10 +195,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     report: dict[str, Any] = {"rss_after_import_mb": resident_mb(), "stages": stages}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # whether these chains have mixed is not the question
-        if args.job == "sample":
-            _sample(args.folder, {name: getattr(args, name) for name in SETTINGS}, stages)
-        else:
+        if args.job == "bif":
             report["differences"] = _bif(args.folder, args.block, args.keep, stages)
+        else:
+            settings = {name: getattr(args, name) for name in SETTINGS}
+            report |= _sample(args.folder, settings, stages, half=args.job != "sample")
     print(json.dumps(report))
     return report
 

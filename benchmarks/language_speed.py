@@ -6,7 +6,8 @@ training and 32 query sequences, kept on disk. Then the influence of 256 sequenc
 sequences and of tokens, from **its** draws on both sides, sixteen query sequences at a time: the
 matrix alone, as the peer has it, and with standard errors, which it has not. Ours diagnoses the
 chains before the first scores of a store, which has a row of its own. The peer's attention is that
-of its own program (``eager``).
+of its own program (``eager``). Rows without a bar show our sampling of the same network in bfloat16
+(float32 masters and losses, the same seeds), and how far that moves its scores, as a share of them.
 
 Every program runs in a process of its own with the same number of threads; they take turns
 ``--repeats`` times, and medians are compared. Imports and the reading of the model come before the
@@ -50,7 +51,7 @@ Row = tuple[str, ...]
 def programs(
     peers: Peers, settings: dict[str, float], block: int
 ) -> dict[str, Callable[[], dict[str, Any]]]:
-    """Our sampling, and the peer's with both sides' scores of its draws."""
+    """Our sampling in two precisions, and the peer's with both sides' scores of its draws."""
     options = [
         text
         for name, value in settings.items()
@@ -65,7 +66,8 @@ def programs(
         report = peers.run(_PEER, *options)
         return {**report, "own": own("bif")}
 
-    return {"sample": functools.partial(own, "sample"), "peer": peer}
+    jobs = ("sample", "sample-bfloat16")
+    return {job: functools.partial(own, job) for job in jobs} | {"peer": peer}
 
 
 def table_of(turns: Turns, block: int) -> list[Row]:
@@ -79,6 +81,10 @@ def table_of(turns: Turns, block: int) -> list[Row]:
     theirs = turns.reports["peer"]
     scored = [report["own"] for report in theirs]
     rows = [_time_row(ours, theirs, key) for key in ("cpu_s", "wall_s")]
+    half = turns.reports["sample-bfloat16"]
+    rows.append(_time_row(half, theirs, "cpu_s", " in bfloat16"))
+    moved = statistics.median(report["moved"] for report in half)
+    rows.append(("scores in bfloat16, share by which they move", f"{moved:.3f}", "", "", "", ""))
     pairs = {"sequence": block**2, "token": _size(theirs[0]["token_shape"])}
     for stage, count in pairs.items():
         rows += [_rate_row(scored, theirs, stage, count, key) for key in ("cpu_s", "wall_s")]
@@ -91,6 +97,7 @@ def table_of(turns: Turns, block: int) -> list[Row]:
         cells = (f"{worst:.1e}", f"≤ {EQUAL_BAR:.0e}", verdict(worst <= EQUAL_BAR))
         rows.append((name, "", "", *cells))
     rows.append(_memory_row("sampling, peak MiB", ours, theirs, "sample", MEMORY_BAR))
+    rows.append(_memory_row("sampling in bfloat16, peak MiB", half, theirs, "sample", None))
     rows.append(_memory_row("scores, peak MiB", scored, theirs, "token", None))
     return rows
 
@@ -106,11 +113,13 @@ def _median(reports: list[dict[str, Any]], stage: str, key: str) -> float:
     return statistics.median(report["stages"][stage][key] for report in reports)
 
 
-def _time_row(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], key: str) -> Row:
+def _time_row(
+    ours: list[dict[str, Any]], theirs: list[dict[str, Any]], key: str, extra: str = ""
+) -> Row:
     mine, other = (_median(reports, "sample", key) for reports in (ours, theirs))
-    bar = _bar(mine / other <= TIME_BAR, f"≤ {TIME_BAR:g}", key)
+    bar = ("", "") if extra else _bar(mine / other <= TIME_BAR, f"≤ {TIME_BAR:g}", key)
     return (
-        f"sampling, {_SECONDS[key]}",
+        f"sampling{extra}, {_SECONDS[key]}",
         f"{mine:.1f}",
         f"{other:.1f}",
         f"{mine / other:.3f}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -56,3 +57,15 @@ def reference_scores(folder: Path, *, whole: bool) -> np.ndarray:
         total = total + torch.einsum("qpm,btp,btm->qbt", wanted, ds, a)
     scores: np.ndarray = total.numpy()
     return scores
+
+
+def write_folder(folder: Path, train: int, query: int, length: int) -> None:
+    """A working folder with a tiny random GPT-NeoX and token ids."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPTNeoXConfig(
+        vocab_size=13, hidden_size=8, num_attention_heads=2, num_hidden_layers=2,
+        intermediate_size=12, max_position_embeddings=16, initializer_range=0.5,
+    )  # fmt: skip
+    transformers.GPTNeoXForCausalLM(config).save_pretrained(folder / "lm")
+    ids = np.random.default_rng(0).integers(13, size=(train + query, length))
+    np.savez(folder / "lm_ids.npz", train=ids[:train], query=ids[train:])

@@ -13,6 +13,7 @@ from benchmarks import _own_language as own
 from benchmarks import language_speed as program
 from benchmarks._peer_programs import MissingPeerError, Peers
 from benchmarks._table import verdict
+from tests.benchmarks.lm_reference import write_folder
 
 CHAINS, DRAWS, BLOCK, TOKENS, KEEP = 2, 14, 6, 3, 2
 
@@ -64,7 +65,8 @@ def test_verdicts(
     missed: int,
 ) -> None:
     (tmp_path / "lm_ids.npz").touch()
-    given = {"sample": sampled, "bif": scores}
+    given = {"sample": sampled, "sample-bfloat16": {**ours(seconds=20.0), "moved": 0.25}}
+    given["bif"] = scores
     monkeypatch.setattr(program, "run_own", lambda job, *_, **__: given[job])
     monkeypatch.setattr(Peers, "run", lambda *_: theirs())
     assert program.main([str(tmp_path), "--repeats", "2"]) == int(missed > 0)
@@ -72,7 +74,10 @@ def test_verdicts(
     assert out.count(verdict(False)) == missed
     assert out.count(verdict(True)) == 6 - missed
     reports = json.loads((tmp_path / "language_speed.json").read_text())
-    assert {key: len(runs) for key, runs in reports.items()} == {"sample": 2, "peer": 2}
+    own_runs = {"sample": 2, "sample-bfloat16": 2}
+    assert {key: len(runs) for key, runs in reports.items()} == {**own_runs, "peer": 2}
+    (moved,) = [line for line in out.splitlines() if "share by which they move" in line]
+    assert moved.split()[-1] == "0.250"
 
 
 def test_a_missing_peer_is_named(
@@ -108,6 +113,18 @@ def test_the_same_settings_go_to_both_sides(
         runs["peer"]()
     assert seen["sample"] == seen[program._PEER]
     assert "--n-train" in seen["sample"]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # these chains are short
+def test_sampling_in_half_precision_says_how_far_scores_move(tmp_path: Path) -> None:
+    write_folder(tmp_path, 12, 3, 6)
+    options = {"draws": 8, "burnin": 2, "batch": 4, "n_train": 12, "n_query": 3}
+    given = [f"--{key.replace('_', '-')}={value}" for key, value in options.items()]
+    full = own.main(["sample", str(tmp_path), *given])
+    half = own.main(["sample-bfloat16", str(tmp_path), *given])
+    assert "moved" not in full
+    assert 1e-4 < half["moved"] < 1.0
+    assert set(full["stages"]) == set(half["stages"]) == {"sample"}
 
 
 # ---------------------------------------------------------------- scores of given draws

@@ -14,22 +14,14 @@ import bayesinf as bi
 from benchmarks import parity
 from benchmarks._peer_lm import load_lm_task, token_grid
 from benchmarks._peer_programs import Peers
-from tests.benchmarks.lm_reference import reference_scores
+from tests.benchmarks.lm_reference import reference_scores, write_folder
 
 N, QUERIES, LENGTH = 12, 3, 6
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A working folder with a tiny random GPT-NeoX."""
-    transformers = pytest.importorskip("transformers")
-    config = transformers.GPTNeoXConfig(
-        vocab_size=13, hidden_size=8, num_attention_heads=2, num_hidden_layers=2,
-        intermediate_size=12, max_position_embeddings=16, initializer_range=0.5,
-    )  # fmt: skip
-    transformers.GPTNeoXForCausalLM(config).save_pretrained(tmp_path / "lm")
-    ids = np.random.default_rng(0).integers(13, size=(N + QUERIES, LENGTH))
-    np.savez(tmp_path / "lm_ids.npz", train=ids[:N], query=ids[N:])
+    write_folder(tmp_path, N, QUERIES, LENGTH)
     return tmp_path
 
 
