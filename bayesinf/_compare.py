@@ -152,7 +152,7 @@ def _planned(
 
 
 def _table(scores: dict[str, xr.Dataset], bank: xr.Dataset, measurement: str) -> xr.Dataset:
-    """LDS of all, those of one number of checkpoints together."""
+    """LDS of all, those of one number of networks together."""
     kinds: dict[int, dict[str, xr.Dataset]] = {}
     for label, own in scores.items():
         kinds.setdefault(int(own.attrs.get("checkpoints", 1)), {})[label] = own

@@ -142,7 +142,6 @@ def tasks_of(task: Task, checkpoints: Checkpoints, steps: np.ndarray) -> list[Ta
 def run_attrs(checkpoints: Checkpoints, tasks: Sequence[Task], steps: np.ndarray) -> dict[str, Any]:
     """What scores record of a run, and identify a store by."""
     return {
-        "checkpoints": len(steps),
         "checkpoint_steps": steps.tolist(),
         "checkpoint_hashes": [own.fingerprint()["checkpoint"] for own in tasks],
         "steps": checkpoints.total,

@@ -87,7 +87,7 @@ def source(
     -------
     xr.Dataset
         ``influence(query, train)``, negative = helpful: the mean over the order of batches of
-        :func:`bayesinf.unrolled_response`. Attributes: checkpoints (their number),
+        :func:`bayesinf.unrolled_response`. Attributes:
         checkpoint_steps, segments, times (``s`` of each), fisher, form, optimizer, costs.
 
     Raises

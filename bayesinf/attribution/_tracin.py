@@ -62,7 +62,7 @@ def tracin(
     -------
     xr.Dataset
         ``influence(query, train)``, negative = helpful; ``estimand = "similarity"``. Attributes:
-        checkpoints (their number), checkpoint_steps, rate_sums, order, optimizer, costs.
+        checkpoint_steps, rate_sums, order, optimizer, costs.
 
     Raises
     ------

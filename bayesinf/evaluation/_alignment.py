@@ -152,7 +152,7 @@ def method_name(scores: xr.Dataset) -> str:
 
 
 def checkpoints(scores: xr.Dataset) -> int:
-    """How many checkpoints the scores were averaged over."""
+    """How many networks' checkpoints the scores were averaged over; those of one run are one."""
     return int(scores.attrs.get("checkpoints", 1))
 
 
@@ -168,7 +168,7 @@ def check_same_kind(all_scores: Sequence[xr.Dataset], names: Sequence[str]) -> N
     if len(set(counts.values())) > 1:
         raise ValueError(
             f"scores of different numbers of checkpoints are never compared: {counts}. Averaging "
-            f"over checkpoints raises any method's LDS; make one comparison for each number."
+            f"over networks raises any method's LDS; make one comparison for each number."
         )
     first = set(all_scores[0]["query"].values.tolist())
     for name, scores in zip(names, all_scores, strict=True):

@@ -1,5 +1,6 @@
 """SOURCE and TracIn: against dense matrices, exact unrolling, and each other's limits."""
 
+import json
 from functools import partial
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ from bayesinf.curvature._estimates import Form
 from bayesinf.curvature._find import find_layers
 from bayesinf.curvature._fit import choose_forms, fit_curvature
 from bayesinf.curvature._mean_fit import mean_blocks
+from bayesinf.evaluation._alignment import check_same_kind
 from bayesinf.training import CheckpointRecorder, open_checkpoints, unrolled_response
 from tests import exact
 from tests.recorded_runs import ADAM, ADAMW, SGD, N, Tied, batches, numbers, recorded
@@ -105,7 +107,8 @@ def test_against_matrix_exponentials(case, segments):
         case.task, checkpoints=case.run, fisher="enumerated", segments=segments, form="dense"
     )
     exact.close(found.influence, dense_source(case, segments), 1e-7)
-    assert found.attrs["checkpoints"] == 6
+    assert found.attrs["checkpoints"] == 1  # of one network, which is what may be compared
+    assert len(json.loads(found.attrs["checkpoint_steps"])) == 6
     assert found.attrs["segments"] == segments
     assert found.attrs["optimizer"] == case.run.rule.kind
     if segments == 3:
@@ -259,6 +262,19 @@ def test_long_and_short_training(tmp_path):
         tracin(task, checkpoints=run),
     ):
         exact.close(scores.influence, truth, 1e-5)
+
+
+def test_scores_of_one_run_may_be_compared_with_those_of_its_end(tmp_path):
+    task, run = regression(tmp_path, 4, 0.3, every=2)
+    methods = {
+        "SOURCE": source(task, checkpoints=run, fisher="enumerated"),
+        "TracIn": tracin(task, checkpoints=run),
+        "GradDot": bi.grad_dot(task),
+    }
+    check_same_kind(list(methods.values()), list(methods))
+    twice = bi.ensemble([methods["GradDot"], methods["GradDot"]])
+    with pytest.raises(ValueError, match="different numbers of checkpoints"):
+        check_same_kind([twice, methods["SOURCE"]], ["twice", "SOURCE"])
 
 
 def test_tracin_of_one_checkpoint_is_the_gradient_product(tmp_path):
