@@ -78,7 +78,7 @@ def plot_forest(
     ax.set_ylim(-0.6, len(order) - 0.4)
     cases = scores.attrs.get("method") == "case_influence"
     ax.set_ylabel("observation" if cases else "training example")
-    interval = "" if half is None else f", {100 * CONFIDENCE:g} % interval"
+    interval = "" if half is None else f"\n{100 * CONFIDENCE:g} % interval"
     name = query if cases else f"query {query}"
     what = f"influence on {name}, d E[φ] / d b in units of φ"
     if scores.attrs.get("estimand") == "similarity":
