@@ -30,7 +30,7 @@ from bayesinf._tracing import record
 __all__ = ["MAX_VECTORIZED_PARAMETERS", "ChainFunctions", "VectorizationWarning"]
 
 MAX_VECTORIZED_PARAMETERS = 1_000_000
-_AT_ONCE = 4
+_AT_ONCE = 8
 """Examples of one backward pass of networks with more parameters."""
 
 _TOLERANCE = {

@@ -28,7 +28,7 @@ from bayesinf._tokens import token_losses
 __all__ = ["Observer", "PaddingWarning", "fitting"]
 
 _NEAR_VALUES, _DEVICE_VALUES = 1 << 22, 1 << 27
-_STATES = 32
+_STATES = 16
 _LENGTHS = 8
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 
