@@ -275,7 +275,10 @@ def killed(path, kernel, step):
     return first
 
 
-@pytest.mark.parametrize(("kernel", "first"), [("SGLD", (25, 60)), ("RMSpropSGLD", (3, 19))])
+@pytest.mark.parametrize(
+    ("kernel", "first"),
+    [("SGLD", (25, 60)), pytest.param("RMSpropSGLD", (3, 19), marks=pytest.mark.slow)],
+)
 def test_kill_twice(tmp_path, kernel, first):
     """In sampling twice, or in warm-up and in sampling, at moments drawn afresh at every run."""
     path, moment = tmp_path / "t.zarr", random.Random()

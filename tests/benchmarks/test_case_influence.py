@@ -72,6 +72,7 @@ def test_signs_of_a_small_model() -> None:
     assert program.signs(model, draws=1000, cases=3).attrs["cases"] == 3
 
 
+@pytest.mark.slow
 def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     program.main(
         ["--runs", "1", "--draws", "150", "--refit-draws", "20", "--features", "1", "--cases", "4"]

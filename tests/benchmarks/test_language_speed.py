@@ -115,6 +115,7 @@ def test_the_same_settings_go_to_both_sides(
     assert "--n-train" in seen["sample"]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")  # these chains are short
 def test_sampling_in_half_precision_says_how_far_scores_move(tmp_path: Path) -> None:
     write_folder(tmp_path, 12, 3, 6)

@@ -40,14 +40,16 @@ def within(count: float, repeats: int, low: float, high: float) -> bool:
     return bool(least <= round(count * repeats) <= most)
 
 
-@pytest.mark.parametrize("shared", [0.0, 0.5])
+@pytest.mark.parametrize("shared", [pytest.param(0.0, marks=pytest.mark.slow), 0.5])
 def test_intervals_cover_reduced(shared: float) -> None:
     """150 judgements at 50 queries; four shares, each with a false alarm of 1e-4."""
     for share in program.intervals(50, shared, 150).values():
         assert within(share, 150, 0.93, 0.97)
 
 
-@pytest.mark.parametrize(("shared", "alike"), [(0.0, False), (0.5, True)])
+@pytest.mark.parametrize(
+    ("shared", "alike"), [pytest.param(0.0, False, marks=pytest.mark.slow), (0.5, True)]
+)
 def test_random_scores_are_within_their_null_reduced(shared: float, alike: bool) -> None:
     """80 judgements; two shares, each with a false alarm of 1e-4."""
     assert within(program.chance(shared, alike, 80), 80, 0.05, 0.05)

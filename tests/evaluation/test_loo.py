@@ -60,7 +60,9 @@ def test_is_the_correlation_of_minus_influence_with_the_change() -> None:
     assert float(exact["reliability"]) == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("correlation", ["pearson", "spearman"])
+@pytest.mark.parametrize(
+    "correlation", ["pearson", pytest.param("spearman", marks=pytest.mark.slow)]
+)
 def test_disattenuation_finds_the_correlation_with_the_truth(correlation: str) -> None:
     """Signal 0.3 of a seed's variance, 8 seeds, true correlation 0.6: the mean and the coverage.
 

@@ -134,7 +134,7 @@ def test_agreement_has_both_errors_and_the_line() -> None:
     assert line.get_slope() == 1
     r = np.corrcoef(given.get_xdata(), given.get_ydata())[0, 1]
     assert ax.get_title() == f"12 pairs, correlation {r:.3f}"
-    assert ax.get_xlabel() == "bif: d E[φ] / d b,\nunits of φ\n95 % interval"
+    assert ax.get_xlabel() == "bif: d E[φ] / d b,\nunits of φ, 95 % interval"
     assert ax.get_ylabel() == "ekfac: d E[φ] / d b,\nunits of φ"
     assert plot_agreement(x, xr.zeros_like(y)).get_title() == "12 pairs, correlation undefined"
 
