@@ -119,8 +119,8 @@ class Run:
     # ------------------------------------------------------------------ the run
 
     def go(self, draws: int, watch: Watch, progress: bool) -> None:
-        if self.traces.payload:
-            self._restore(self.traces.payload)
+        if payload := self.traces.payload:
+            self._restore(payload)
         else:
             self.chains.start()
         total, done = self.plan.warmup + draws * self.plan.thin, self.chains.step

@@ -11,8 +11,9 @@ from scipy.linalg import solve_discrete_lyapunov
 from torch import nn
 
 import bayesinf as bi
+from bayesinf._batching import Batching, normalise
 from bayesinf._compensation import response, uncompensated_share
-from bayesinf._gradient_noise import _NUMBERS, gradient_noise
+from bayesinf._gradient_noise import _NUMBERS, excess_temperature, gradient_noise
 from bayesinf._rng import BatchStream, ChainGenerators
 from tests import quadratic
 
@@ -68,6 +69,29 @@ def test_fewer_gradients_are_drawn_of_large_networks(monkeypatch):
     for numbers, draws in ((16 * 10, 10), (16, 4), (_NUMBERS, 32)):
         monkeypatch.setattr("bayesinf._gradient_noise._NUMBERS", numbers)
         assert gradient_noise(problem.posterior, w, 5, vectorize=False).draws == draws
+
+
+def test_of_the_largest_networks_fewer_chains_are_measured(monkeypatch):
+    """Those that are measured are the first healthy ones, weights and scales alike."""
+    problem = quadratic.make()
+    g = torch.Generator().manual_seed(3)
+    w = problem.w0 + torch.randn(4, 4, generator=g, dtype=torch.float64)
+    state = {"position": w, "scale": 1 + torch.rand(4, 4, generator=g, dtype=torch.float64)}
+    potential = problem.posterior.bind(vectorize=False)
+    batching = Batching(normalise(5, problem.posterior), potential, 0, 4)
+    batching.at(0, w)
+    monkeypatch.setattr("bayesinf._gradient_noise._NUMBERS", 16)
+
+    def excess(alive):
+        return excess_temperature(bi.RMSpropSGLD(1e-4), batching, state, alive)
+
+    with torch.no_grad():
+        few = excess([1, 2, 3])
+        assert few == excess([1])
+        assert few != excess([2, 3])
+        state["position"][0] += 1.0
+        state["scale"][0] *= 9.0
+        assert few == excess([1, 2, 3])  # a failed chain has no part in it
 
 
 # ---------------------------------------------------------------- what noise does
