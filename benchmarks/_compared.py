@@ -25,7 +25,7 @@ __all__ = [
 _QUERIES = 100
 _LAYERS = tuple({"relative_damping": r} for r in (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0))
 _WHOLE = tuple({"times": r} for r in (3.0, 10.0, 30.0, 100.0, 300.0))
-_PROJECTED = tuple({"relative_damping": r} for r in (0.01, 0.1, 0.3, 1.0, 3.0, 10.0))
+_PROJECTED = tuple({"relative_damping": r} for r in (0.01, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0))
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ ROWS = (
     Row("Arnoldi", "arnoldi", _product(_each("rank", 50, 100, 200), _WHOLE[:4])),
     Row("Nyström", "nystrom", _product(_each("rank", 50, 100, 200), _WHOLE[:4])),
     Row("DataInf", "datainf", _each("relative_damping", 0.001, 0.01, 0.1, 1.0)),
-    Row("M-FAC", "mfac", _each("times", 0.3, 1.0, 3.0, 10.0, 30.0)),
+    Row("M-FAC", "mfac", _each("times", 0.3, 1.0, *(setting["times"] for setting in _WHOLE))),
     Row("GradDot", "grad_dot"),
     Row("GradCos", "grad_cos", _each("per_layer", False, True)),
     Row("representation similarity", "representation_similarity"),
