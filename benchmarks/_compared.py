@@ -70,6 +70,11 @@ ROWS = (
     Row("Gauss–Newton, dense", "gauss_newton", like="conjugate gradients"),
     Row("Hessian, dense", "hessian", like="conjugate gradients"),
     Row("SOURCE", "source", _each("segments", 1, 2, 3, 6)),
+    Row(
+        "SOURCE, mean weights",
+        "source",
+        _product(_each("average", "parameters"), _each("segments", 1, 2, 3)),
+    ),
     Row("TracIn", "tracin", _each("order", "expected", "recorded")),
     Row("LoGra", "logra", _product(_each("basis", "pca", "random"), _LAYERS)),
     Row("TRAK", "trak", _PROJECTED),

@@ -40,8 +40,8 @@ class RunGradients:
         At the end of the run.
     tasks
         At the checkpoints.
-    steps
-        Of these, for the names of layers: ``"0.weight @ 291"``.
+    places
+        What these are called, steps or segments, in the names of layers: ``"0.weight @ 291"``.
     layers
         Of the task.
     costs
@@ -62,7 +62,7 @@ class RunGradients:
         self,
         task: Task,
         tasks: Sequence[Task],
-        steps: Sequence[int],
+        places: Sequence[object],
         layers: tuple[Layer, ...],
         costs: Costs,
         *,
@@ -72,7 +72,7 @@ class RunGradients:
     ) -> None:
         self.task: Task = task
         self.layers: tuple[Layer, ...] = tuple(
-            replace(layer, name=f"{layer.name} @ {step}") for step in steps for layer in layers
+            replace(layer, name=f"{layer.name} @ {place}") for place in places for layer in layers
         )
         self._where = {"query": query, "train": train}
         self._sources = {

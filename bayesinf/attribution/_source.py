@@ -22,7 +22,7 @@ from bayesinf.attribution._run_gradients import (
     tasks_of,
     total,
 )
-from bayesinf.attribution._scoring import Options, Scoring, resolve
+from bayesinf.attribution._scoring import Scoring, resolve
 from bayesinf.attribution._segments import Segment
 from bayesinf.curvature._accounting import Costs
 from bayesinf.curvature._find import find_layers
@@ -35,6 +35,7 @@ from bayesinf.training._runs import Checkpoints
 __all__ = ["source"]
 
 SourceForm = Literal["ekfac", "diagonal", "dense"]
+Average = Literal["gradients", "parameters"]
 
 
 @register("influence", "approximate unrolled differentiation of the training run", needs=GRADIENTS)
@@ -45,6 +46,7 @@ def source(
     fisher: Fisher,
     segments: int | Sequence[int] = 3,
     form: SourceForm = "ekfac",
+    average: Average = "gradients",
     seed: int = 0,
     **scoring: Unpack[Scoring],
 ) -> xr.Dataset:
@@ -68,7 +70,8 @@ def source(
         At the end of the run.
     checkpoints
         The run: :func:`bayesinf.open_checkpoints` of what
-        :class:`bayesinf.CheckpointRecorder` wrote. All checkpoints are held in memory at once.
+        :class:`bayesinf.CheckpointRecorder` wrote. All networks are held in memory at once: one a
+        checkpoint, or one a segment.
     fisher
         Labels of the curvature: ``"enumerated"``, ``"sampled"`` or ``"empirical"``, as for
         :func:`bayesinf.ekfac`.
@@ -77,18 +80,23 @@ def source(
         the steps at which a new one begins, such as the stages of a schedule.
     form
         Of the curvature: ``"ekfac"``, ``"diagonal"`` or ``"dense"`` by layer.
+    average
+        Over the checkpoints of a segment: ``"gradients"`` and curvatures; or ``"parameters"``, so
+        that both are computed once a segment, at the mean weights (FAST-SOURCE); the same scores
+        where the loss is quadratic.
     seed
         Of sampled labels.
     **scoring
         What to pair, tokens, modules, batch sizes, top-k, a Zarr store and the like: see
-        :class:`bayesinf.Scoring`. Modules are those of each checkpoint, ``"0 @ 291"``.
+        :class:`bayesinf.Scoring`. Modules are those of each checkpoint, ``"0 @ 291"``, or of each
+        segment, ``"0 @ segment 1"``.
 
     Returns
     -------
     xr.Dataset
         ``influence(query, train)``, negative = helpful: the mean over the order of batches of
         :func:`bayesinf.unrolled_response`. Attributes:
-        checkpoint_steps, segments, times (``s`` of each), fisher, form, optimizer, costs.
+        checkpoint_steps, segments, times (``s`` of each), fisher, form, average, optimizer, costs.
 
     Raises
     ------
@@ -112,19 +120,31 @@ def source(
     Bae, Lin, Lorraine & Grosse 2024, "Training data attribution via approximate unrolled
     differentiation".
     """
-    if form not in get_args(SourceForm):
-        raise ValueError(f"form must be one of {get_args(SourceForm)}; got {form!r}.")
+    for name, value, known in (("form", form, SourceForm), ("average", average, Average)):
+        if value not in get_args(known):
+            raise ValueError(f"{name} must be one of {get_args(known)}; got {value!r}.")
     options, costs = resolve(scoring), Costs()
     checkpoints.require_task(task)
     sums = checkpoints.rate_sums(segments)
-    used = np.flatnonzero(sums.sum(0))
-    steps = checkpoints.steps[used]
+    times, used = _times(sums), np.flatnonzero(sums.sum(0))
+    steps, shares = checkpoints.steps[used], sums[:, used] / times[:, None]
     layers = find_layers(task, costs)
-    tasks = tasks_of(task, checkpoints, steps)
-    every = _segments(
-        checkpoints, tasks, steps, sums[:, used], layers,
-        fisher=fisher, form=form, seed=seed, options=options, costs=costs,
+    roots = _roots(checkpoints, task, steps, shares, layers)
+    if average == "parameters":
+        tasks = [task.at(_mean_weights(checkpoints, steps, own)) for own in shares]
+        places: list[object] = [f"segment {k}" for k in range(len(tasks))]
+        shares = np.eye(len(tasks))
+    else:
+        tasks, places = tasks_of(task, checkpoints, steps), steps.tolist()
+    blocks = mean_blocks(
+        tasks, shares, layers, choose_forms(layers, form),
+        fisher=fisher, scales=roots, seed=seed, batch_size=options.batch_size, costs=costs,
     )  # fmt: skip
+    decays = _decays(checkpoints, task, layers)
+    every = [
+        Segment(own, decays, None if roots is None else roots[k], float(times[k]), shares[k])
+        for k, own in enumerate(blocks)
+    ]
     own = options.pairs == "self"
     method = Attribution(
         "source",
@@ -137,13 +157,14 @@ def source(
             "times": [segment.time for segment in every],
             "fisher": fisher,
             "form": form,
+            "average": average,
             "seed": seed if fisher == "sampled" else None,
         },
     )
     train = ("end", "checkpoints") if own else ("checkpoints",)
-    source = RunGradients(task, tasks, steps.tolist(), layers, costs, query=("end",), train=train)
+    source = RunGradients(task, tasks, places, layers, costs, query=("end",), train=train)
     with source:
-        return score(task, source, method, bounded(options, task, len(steps)), costs)
+        return score(task, source, method, bounded(options, task, len(tasks)), costs)
 
 
 def propagated(segments: Sequence[Segment], rows: list[Rows], *, zeros: bool = False) -> list[Rows]:
@@ -172,44 +193,29 @@ def propagated(segments: Sequence[Segment], rows: list[Rows], *, zeros: bool = F
     return found + [own for checkpoint in sums for own in checkpoint if own is not None]
 
 
-def _segments(
-    checkpoints: Checkpoints,
-    tasks: Sequence[Task],
-    steps: np.ndarray,
-    sums: np.ndarray,
-    layers: tuple[Layer, ...],
-    *,
-    fisher: Fisher,
-    form: SourceForm,
-    seed: int,
-    options: Options,
-    costs: Costs,
-) -> list[Segment]:
-    """Fit the segments of a run; ``sums`` ``(L, C)`` are of learning rates."""
-    times = sums.sum(1)
+def _times(sums: np.ndarray) -> np.ndarray:
+    """``s`` of each segment, from sums of learning rates ``(L, C)``."""
+    times: np.ndarray = sums.sum(1)
     if not (times > 0).all():
         raise ValueError(
             f"the learning rate is 0 throughout segment {int(times.argmin())}, so that it does "
             f"nothing. Choose segments by their first steps: segments=[…]."
         )
-    shares = sums / times[:, None]
-    roots = _roots(checkpoints, tasks[0], steps, shares, layers)
-    blocks = mean_blocks(
-        tasks,
-        shares,
-        layers,
-        choose_forms(layers, form),
-        fisher=fisher,
-        scales=roots,
-        seed=seed,
-        batch_size=options.batch_size,
-        costs=costs,
-    )
-    decays = _decays(checkpoints, tasks[0], layers)
-    return [
-        Segment(own, decays, None if roots is None else roots[k], float(times[k]), shares[k])
-        for k, own in enumerate(blocks)
-    ]
+    return times
+
+
+def _mean_weights(
+    checkpoints: Checkpoints, steps: np.ndarray, shares: np.ndarray
+) -> dict[str, Tensor]:
+    """Mean over checkpoints, summed in float64; what has no mean is that of the last."""
+    mean, last = dict[str, Tensor](), dict[str, Tensor]()
+    for step, share in zip(steps.tolist(), shares.tolist(), strict=True):
+        if share:
+            last = checkpoints.weights(step)
+            for name, value in last.items():
+                if value.is_floating_point():
+                    mean[name] = mean.get(name, 0) + share * value.double()
+    return {name: mean[name].to(value) if name in mean else value for name, value in last.items()}
 
 
 def _roots(

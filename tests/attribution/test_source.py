@@ -69,10 +69,21 @@ def blocks_of(matrix, task):
     return out.numpy()
 
 
-def dense_source(case, segments):
+def mean_weights(run, steps, parts):
+    each = [run.weights(int(step)) for step in steps]
+    return {k: sum(w * own[k] for w, own in zip(parts, each, strict=True)) for k in each[0]}
+
+
+def dense_source(case, segments, average="gradients"):
     """``S`` and ``R`` as matrices, multiplied from the last segment to the first."""
     task, run = case.task, case.run
     tasks = [task.at(run.weights(int(step))) for step in run.steps]
+    if average == "parameters":  # the same network at each checkpoint of a segment
+        counts = run.learning_rates.reshape(segments, 6 // segments, -1).sum(2)
+        shares = counts / counts.sum(1, keepdims=True)
+        steps = np.split(run.steps, segments)
+        means = [mean_weights(run, own, w) for own, w in zip(steps, shares, strict=True)]
+        tasks = [task.at(own) for own in means for _ in range(6 // segments)]
     curvatures = [blocks_of(exact.gauss_newton(own), own) for own in tasks]
     gradients = [exact.gradients(own).numpy() for own in tasks]
     each = len(tasks) // segments
@@ -100,19 +111,23 @@ def dense_source(case, segments):
     return total
 
 
+@pytest.mark.parametrize("average", ["gradients", "parameters"])
 @pytest.mark.parametrize("segments", [1, 3])
-def test_against_matrix_exponentials(case, segments):
+def test_against_matrix_exponentials(case, segments, average):
     """Order of segments, means over checkpoints, train gradients of each, sums of the schedule."""
     found = source(
-        case.task, checkpoints=case.run, fisher="enumerated", segments=segments, form="dense"
-    )
-    exact.close(found.influence, dense_source(case, segments), 1e-7)
+        case.task, checkpoints=case.run, fisher="enumerated", segments=segments, form="dense",
+        average=average,
+    )  # fmt: skip
+    exact.close(found.influence, dense_source(case, segments, average), 1e-7)
     assert found.attrs["checkpoints"] == 1  # of one network, which is what may be compared
     assert len(json.loads(found.attrs["checkpoint_steps"])) == 6
     assert found.attrs["segments"] == segments
     assert found.attrs["optimizer"] == case.run.rule.kind
     if segments == 3:
-        ekfac = source(case.task, checkpoints=case.run, fisher="enumerated").influence
+        ekfac = source(
+            case.task, checkpoints=case.run, fisher="enumerated", average=average
+        ).influence
         assert np.corrcoef(np.ravel(ekfac), np.ravel(found.influence))[0, 1] > 0.97
 
 
@@ -232,6 +247,20 @@ def test_three_segments_follow_the_exact_response(steps, tmp_path):
     assert correlation(fit(segments=1).influence, truth) < 0.9965  # one is not enough
 
 
+def test_mean_weights_are_a_network_a_segment(tmp_path):
+    """A quadratic loss has the same scores; half the passes, with two checkpoints a segment."""
+    task, run = regression(tmp_path, 60, 0.1)
+    both = [
+        source(task, checkpoints=run, fisher="enumerated", average=average, modules=True)
+        for average in ("gradients", "parameters")
+    ]
+    exact.close(both[1].influence, both[0].influence, 1e-9)
+    assert len(both[0].module) == 6
+    assert list(both[1].module.values) == [f"(model) @ segment {k}" for k in range(3)]
+    spent = [own.attrs["forward_examples"] for own in both]
+    assert spent[1] < 0.6 * spent[0]
+
+
 ORDERS = ("expected", "recorded")
 
 
@@ -327,6 +356,8 @@ def test_refusals(tmp_path):
         (lambda: source(task, checkpoints=adam, fisher="enumerated"), ValueError, "another run"),
         (lambda: source(task, checkpoints=run, fisher="enumerated", form="kfac"), ValueError,
          r"form must be one of \('ekfac', 'diagonal', 'dense'\)"),
+        (lambda: source(task, checkpoints=run, fisher="enumerated", average="weights"), ValueError,
+         r"average must be one of \('gradients', 'parameters'\); got 'weights'"),
         (lambda: source(task, checkpoints=run, fisher="enumerated", segments=40), ValueError,
          "segments must be between 1 and the 30 steps"),
         (lambda: source(other, checkpoints=adam, fisher="enumerated"), NotImplementedError,
