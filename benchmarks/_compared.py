@@ -98,6 +98,15 @@ _FIXED: dict[str, dict[str, Any]] = {
     "lissa": {"iterations": 300, "minibatch": 100},
 }
 """Settings that are no choice: 256 numbers of a layer are kept; as many products as CG takes."""
+_SKETCHES: dict[str, dict[str, Any]] = {
+    "arnoldi": {
+        "eigenpairs": lambda c, k: bi.curvature.arnoldi_eigenpairs(
+            c, k, iterations=min(2 * k, c.shape[0])
+        )
+    },
+    "nystrom": {"approximation": bi.curvature.nystrom_approximation},
+}
+"""What does not depend on the damping, and so is found once for each rank."""
 
 
 class _Scorer:
@@ -111,7 +120,7 @@ class _Scorer:
         bank = benchmark.bank()
         self.task.train.ids = bank["train"].values
         self.task.query.ids = bank["query"].values[:queries]
-        self.shared: dict[str, Any] = {}
+        self.shared: dict[Any, Any] = {}
 
     def options(self, setting: Mapping[str, Any]) -> dict[str, Any]:
         """Options of :func:`bayesinf.attribute`, without what can be shared by a sweep."""
@@ -131,6 +140,12 @@ class _Scorer:
         if {"curvature", "fisher"} <= method.takes:
             given.pop("fisher")
             given["curvature"] = self._curvature()
+        for option, find in _SKETCHES.get(self.row.method, {}).items():
+            rank = given.pop("rank")
+            if (option, rank) not in self.shared:
+                operator = bi.curvature.GaussNewtonProduct(self.task)
+                self.shared[option, rank] = find(operator, rank)
+            given[option] = self.shared[option, rank]
         if "features" in method.takes:
             if "features" not in self.shared:
                 self.shared["features"] = bi.trak_features(self.task)

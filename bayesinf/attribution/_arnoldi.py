@@ -12,7 +12,7 @@ from bayesinf.attribution._pairwise import Attribution, require_damping, score
 from bayesinf.attribution._projected import ProjectedGradients, keep_gradients, refuse
 from bayesinf.attribution._registry import register
 from bayesinf.attribution._scoring import Scoring, resolve
-from bayesinf.attribution._solved import Of, product
+from bayesinf.attribution._solved import Of, product, require_one_sketch
 from bayesinf.curvature._accounting import Costs
 from bayesinf.curvature._arnoldi import arnoldi_eigenpairs
 from bayesinf.curvature._bases import StandardBasis
@@ -31,13 +31,15 @@ __all__ = ["arnoldi"]
     "influence",
     "leading eigenvectors of the curvature, by Arnoldi's iteration",
     needs=GAUSS_NEWTON_PRODUCTS,
+    one_of=(("rank", "eigenpairs"),),
 )
 def arnoldi(
     task: Task,
     *,
     damping: float,
-    rank: int,
+    rank: int | None = None,
     iterations: int | None = None,
+    eigenpairs: Eigenpairs | None = None,
     of: Of = "gauss_newton",
     memory_limit: float = 8.0,
     seed: int = 0,
@@ -57,10 +59,13 @@ def arnoldi(
     damping
         λ = γ/(nβ) + weight decay, in units of the mean loss; 0 in the paper.
     rank
-        Eigenpairs that are kept.
+        Eigenpairs that are found and kept.
     iterations
         Products with the curvature, each a pass over the training set; as many again as ``rank``
         by default, at most the number of parameters.
+    eigenpairs
+        In place of ``rank``: of :func:`bayesinf.curvature.arnoldi_eigenpairs`, which does not
+        depend on the damping, so that a sweep pays for it once.
     of
         ``"gauss_newton"`` or ``"hessian"`` (the paper's).
     memory_limit
@@ -81,7 +86,8 @@ def arnoldi(
     Raises
     ------
     ValueError
-        If an argument is out of range, memory would not suffice, or a gradient is not finite.
+        If both or neither of ``rank`` and ``eigenpairs`` are given, an argument is out of range,
+        memory would not suffice, or a gradient is not finite.
     NotPositiveDefiniteError
         If ``θ_j + λ ≤ 0`` for an eigenpair that is kept (a ``ValueError``).
 
@@ -92,17 +98,14 @@ def arnoldi(
     options, costs = resolve(scoring), Costs()
     damping = require_damping(damping, positive=False)
     refuse("arnoldi", options, {"modules": "its directions run through all layers"})
-    operator = product(task, of, options.batch_size, costs)
-    for name, value in (("rank", rank), ("iterations", iterations)):
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
-            raise ValueError(f"{name} must be an integer; got {value!r}.")
-    steps = min(2 * rank, task.dimension) if iterations is None else iterations
-    gib = (2 * steps + 2 * rank) * task.dimension * task.dtype.itemsize / 2**30
-    what = f"arnoldi (iterations={steps}, d={task.dimension:,} parameters)"
-    require_memory(gib, memory_limit, what, "Use fewer iterations or select fewer parameters")
+    require_one_sketch("arnoldi", "eigenpairs", rank, eigenpairs, task)
     with GradientSource(task, find_layers(task, costs), costs) as source:
         with costs.stage("eigenvectors"):
-            pairs = arnoldi_eigenpairs(operator, rank, iterations=steps, seed=seed)
+            pairs = (
+                _found(task, rank, iterations, of, memory_limit, seed, options.batch_size, costs)
+                if eigenpairs is None
+                else eigenpairs
+            )
         inverse = _inverse(pairs, damping, of)
         directions = flat_rows(source.unflat(pairs.vectors)).T.contiguous()
         projected = ProjectedGradients(source, Coordinates(directions))
@@ -122,10 +125,38 @@ def arnoldi(
             "influence",
             inverse.precondition,
             -1 / task.n,
-            attrs={"damping": damping, "of": of, "rank": rank, "iterations": steps, "seed": seed},
-            report={"worst_residual": worst, "products": pairs.products},
+            attrs={
+                "damping": damping,
+                "of": of,
+                "rank": len(pairs.values),
+                "iterations": pairs.products,
+                "seed": seed if eigenpairs is None else None,
+            },
+            report={"worst_residual": worst, "products": pairs.products * (eigenpairs is None)},
         )
         return score(task, projected, method, options, costs)
+
+
+def _found(
+    task: Task,
+    rank: int | None,
+    iterations: int | None,
+    of: Of,
+    memory_limit: float,
+    seed: int,
+    batch_size: int,
+    costs: Costs,
+) -> Eigenpairs:
+    for name, value in (("rank", rank), ("iterations", iterations)):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+            raise ValueError(f"{name} must be an integer; got {value!r}.")
+    assert rank is not None
+    steps = min(2 * rank, task.dimension) if iterations is None else iterations
+    gib = (2 * steps + 2 * rank) * task.dimension * task.dtype.itemsize / 2**30
+    what = f"arnoldi (iterations={steps}, d={task.dimension:,} parameters)"
+    require_memory(gib, memory_limit, what, "Use fewer iterations or select fewer parameters")
+    operator = product(task, of, batch_size, costs)
+    return arnoldi_eigenpairs(operator, rank, iterations=steps, seed=seed)
 
 
 def _inverse(pairs: Eigenpairs, damping: float, of: str) -> Curvature:

@@ -17,13 +17,18 @@ from bayesinf.curvature._curvature import Curvature
 from bayesinf.curvature._deflation import deflate
 from bayesinf.curvature._find import find_layers
 from bayesinf.curvature._fit import Fisher
+from bayesinf.curvature._lanczos import Eigenpairs
+from bayesinf.curvature._nystrom import NystromApproximation
 from bayesinf.curvature._operator import SymmetricOperator
 from bayesinf.curvature._products import GaussNewtonProduct, HessianProduct
 from bayesinf.curvature._rows import Rows
 from bayesinf.curvature._solvers import Solution
 from bayesinf.curvature._sources import GradientSource
 
-__all__ = ["Of", "Preconditioner", "Solve", "product", "solved_scores"]
+__all__ = ["Of", "Preconditioner", "Solve", "product", "require_one_sketch", "solved_scores"]
+
+_SKETCHES = {"eigenpairs": "arnoldi_eigenpairs", "approximation": "nystrom_approximation"}
+"""Options for a curvature of low rank, and what makes it."""
 
 Of = Literal["gauss_newton", "hessian"]
 """Which curvature of the mean loss a system is solved in."""
@@ -79,6 +84,38 @@ def product(
         raise ValueError(f"of must be one of {get_args(Of)}; got {of!r}.")
     kind = GaussNewtonProduct if of == "gauss_newton" else HessianProduct
     return kind(task, batch_size=batch_size, costs=costs)
+
+
+def require_one_sketch(
+    method: str,
+    name: str,
+    rank: int | None,
+    given: Eigenpairs | NystromApproximation | None,
+    task: Task,
+) -> None:
+    """Raise ``ValueError`` unless one of a rank and a low-rank curvature of the task is given.
+
+    Parameters
+    ----------
+    method, task
+        What it is for.
+    name
+        Of the option for a curvature that was found before.
+    rank, given
+        Both options.
+    """
+    if (rank is None) == (given is None):
+        got = "neither" if rank is None else "both"
+        raise ValueError(
+            f"{method} needs exactly one of rank= and {name}= (from "
+            f"bi.curvature.{_SKETCHES[name]}); got {got}."
+        )
+    if given is not None and given.vectors.shape[1] != task.dimension:
+        raise ValueError(
+            f"{name} is of {given.vectors.shape[1]:,} parameters and the task selects "
+            f"{task.dimension:,}. Make it for this task: "
+            f"bi.curvature.{_SKETCHES[name]}(bi.curvature.GaussNewtonProduct(task), …)."
+        )
 
 
 def solved_scores(

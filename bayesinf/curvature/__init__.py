@@ -1,5 +1,6 @@
 """Curvature of the training loss, and operators made from it."""
 
+from bayesinf.curvature._arnoldi import arnoldi_eigenpairs
 from bayesinf.curvature._astra import astra
 from bayesinf.curvature._conjugate_gradient import conjugate_gradient
 from bayesinf.curvature._curvature import Block, Curvature
@@ -12,6 +13,7 @@ from bayesinf.curvature._hessian import dense_hessian
 from bayesinf.curvature._lanczos import Eigenpairs, top_eigenpairs
 from bayesinf.curvature._layers import Layer
 from bayesinf.curvature._neumann import neumann
+from bayesinf.curvature._nystrom import NystromApproximation, nystrom_approximation
 from bayesinf.curvature._operator import SymmetricOperator
 from bayesinf.curvature._products import GaussNewtonProduct, HessianProduct
 from bayesinf.curvature._saving import load_curvature, save_curvature
@@ -26,10 +28,12 @@ __all__ = [
     "HessianProduct",
     "Layer",
     "NotPositiveDefiniteError",
+    "NystromApproximation",
     "Solution",
     "SolverDivergenceError",
     "SolverWarning",
     "SymmetricOperator",
+    "arnoldi_eigenpairs",
     "astra",
     "conjugate_gradient",
     "deflate",
@@ -39,6 +43,7 @@ __all__ = [
     "gamma_from_damping",
     "load_curvature",
     "neumann",
+    "nystrom_approximation",
     "save_curvature",
     "source_damping",
     "top_eigenpairs",

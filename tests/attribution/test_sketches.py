@@ -183,6 +183,28 @@ def test_arnoldi_drops_what_nystrom_divides_by_the_damping():
     assert (scores.attrs["found_rank"], scores.attrs["products"]) == (k, k)
 
 
+def test_sweeps_of_the_damping_take_the_curvature_that_was_found():
+    """The same scores, without a product; not of another network, nor beside a rank."""
+    task, other = make(), make("words")
+    operator = GaussNewtonProduct(task)
+    pairs = arnoldi_eigenpairs(operator, 5, iterations=10)
+    found = nystrom_approximation(operator, 5)
+    for method, name, given in ((arnoldi, "eigenpairs", pairs), (nystrom, "approximation", found)):
+        for damping in (0.01, 1.0):
+            swept = method(task, damping=damping, **{name: given})
+            expected = method(task, damping=damping, rank=5)
+            exact.close(swept.influence, expected.influence, 1e-12)
+            assert (swept.attrs["products"], swept.attrs["rank"]) == (0, 5)
+            assert expected.attrs["products"] > 0
+        with pytest.raises(ValueError, match=f"needs exactly one of rank= and {name}=.*got both"):
+            method(task, damping=1.0, rank=5, **{name: given})
+        with pytest.raises(ValueError, match=f"one of rank= and {name}=.*got neither"):
+            method(task, damping=1.0)
+        words = f"{name} is of {task.dimension:,} parameters and the task selects"
+        with pytest.raises(ValueError, match=words):
+            method(other, damping=1.0, **{name: given})
+
+
 def test_logra_below_full_rank():
     """Pairs of leading eigenvectors of both factors, or random ones, and a curvature for them."""
     task = make()
