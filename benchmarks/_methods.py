@@ -16,6 +16,7 @@ is worth; they follow a rule in units of the problem, too:
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -30,7 +31,10 @@ from bayesinf._measuring import measured
 from bayesinf.attribution._entry_points import find_method
 from benchmarks.tasks import BenchmarkTask
 
-__all__ = ["METHODS", "BenchmarkMethod", "task_options", "top_curvature"]
+__all__ = [
+    "METHODS", "BenchmarkMethod", "add_bif_arguments", "bif_options", "task_options",
+    "top_curvature",
+]  # fmt: skip
 
 ERROR = 0.02
 DAMPING, STEP, CHAINS, DRAWS, WARMUP, THIN = 0.1, 0.3, 16, 400, 400, 10
@@ -146,7 +150,7 @@ def _diagonal(task: bi.Task, benchmark: BenchmarkTask) -> xr.Dataset:
 
 
 METHODS = (
-    BenchmarkMethod("BIF", "bif", {"error": ERROR}, "bayesian", core=True),
+    BenchmarkMethod("BIF", "bif", {"error": ERROR, "chains": CHAINS}, "bayesian", core=True),
     BenchmarkMethod("EK-FAC", "ekfac", _USUAL, core=True),
     BenchmarkMethod("K-FAC", "kfac", _USUAL, core=True),
     BenchmarkMethod("GradDot", "grad_dot", core=True),
@@ -173,3 +177,24 @@ METHODS = (
     BenchmarkMethod("Gauss–Newton, dense", "gauss_newton", _SOLVED),
     BenchmarkMethod("Hessian, dense", "hessian", _SOLVED),
 )
+
+
+def add_bif_arguments(parser: argparse.ArgumentParser) -> None:
+    """How long the BIF's chains run, which is what it costs."""
+    parser.add_argument(
+        "--error",
+        type=float,
+        default=ERROR,
+        help="standard error of a correlation that the BIF samples for (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--chains",
+        type=int,
+        default=CHAINS,
+        help="chains of the BIF, each with 20 effective draws at least (default: %(default)s)",
+    )
+
+
+def bif_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Options of the BIF by :func:`add_bif_arguments`."""
+    return {"error": args.error, "chains": args.chains}

@@ -32,7 +32,7 @@ import xarray as xr
 import bayesinf as bi
 from bayesinf.plots import plot_lds, report
 from benchmarks._compared import ROWS, ROWS_BY_LABEL, Row, read_row, row_file, run_row, write_row
-from benchmarks._methods import ERROR
+from benchmarks._methods import add_bif_arguments, bif_options
 from benchmarks.tasks import TASKS, get_task
 
 __all__ = ["main", "table_of", "text_of"]
@@ -58,7 +58,7 @@ def _run_apart(task: str, row: Row, options: argparse.Namespace) -> None:
     path = row_file(options.out, task, row.label)
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.compare", task]
     command += ["--rows", row.label, "--out", str(options.out), "--here"]
-    command += ["--error", str(options.error)]
+    command += ["--error", str(options.error), "--chains", str(options.chains)]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=options.limit, check=False
@@ -180,12 +180,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--out", type=Path, default=Path("results/compare"), help="default: %(default)s")
     add("--workers", type=int, default=1, help="rows at a time (default: %(default)s)")
     add("--limit", type=float, default=3600.0, help="seconds of a row (default: %(default)s)")
-    add(
-        "--error",
-        type=float,
-        default=ERROR,
-        help="standard error of a correlation that the BIF samples for (default: %(default)s)",
-    )
+    add_bif_arguments(parser)
     add("--here", action="store_true", help="one row of one task, in this process")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -193,7 +188,7 @@ def main(argv: list[str] | None = None) -> None:
     if unknown := set(tasks) - set(TASKS):
         parser.error(f"unknown task {', '.join(sorted(unknown))}")
     rows = [
-        replace(row, grid=({"error": options.error},)) if row.method == "bif" else row
+        replace(row, grid=(bif_options(options),)) if row.method == "bif" else row
         for row in map(ROWS_BY_LABEL.__getitem__, options.rows or ROWS_BY_LABEL)
     ]
     if options.here:

@@ -22,7 +22,7 @@ import xarray as xr
 import bayesinf as bi
 from bayesinf.evaluation._tables import COSTS
 from bayesinf.plots import plot_lds_time, report
-from benchmarks._methods import ERROR, METHODS, BenchmarkMethod
+from benchmarks._methods import METHODS, BenchmarkMethod, add_bif_arguments, bif_options
 from benchmarks.retrain import make_banks
 from benchmarks.tasks import TASKS, BenchmarkTask, get_task
 
@@ -207,12 +207,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--retrain", action="store_true", help="make the ground truth anew under OUT/ground_truth"
     )
-    parser.add_argument(
-        "--error",
-        type=float,
-        default=ERROR,
-        help="standard error of a correlation that the BIF samples for (default: %(default)s)",
-    )
+    add_bif_arguments(parser)
     parser.add_argument("--device", default="cpu", help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=1, help="default: %(default)s")
     args = parser.parse_args(argv)
@@ -223,7 +218,7 @@ def main(argv: list[str] | None = None) -> None:
         make_banks(benchmark, root)
     bank = benchmark.bank("evaluation", root)
     chosen = [
-        replace(m, options={"error": args.error}) if m.method == "bif" else m
+        replace(m, options=bif_options(args)) if m.method == "bif" else m
         for m in METHODS
         if m.fits(benchmark)
         and {"all", m.family, m.name, "core" if m.core else m.name} & set(args.methods)

@@ -171,7 +171,7 @@ def test_an_unknown_task_is_refused(tmp_path, capsys) -> None:
     assert "unknown task nowhere" in capsys.readouterr().err
 
 
-def test_the_error_of_the_bif_reaches_its_row(tmp_path, monkeypatch) -> None:
+def test_error_and_chains_of_the_bif_reach_its_row(tmp_path, monkeypatch) -> None:
     seen = []
 
     def run_row(benchmark, row, *_: object) -> dict[str, object]:
@@ -179,6 +179,7 @@ def test_the_error_of_the_bif_reaches_its_row(tmp_path, monkeypatch) -> None:
         return {"reason": "not asked"}
 
     monkeypatch.setattr(program, "run_row", run_row)
-    program.main([NAME, "--rows", "BIF", "K-FAC", "--out", str(tmp_path), "--error", "0.3"])
+    arguments = [NAME, "--rows", "BIF", "K-FAC", "--out", str(tmp_path)]
+    program.main([*arguments, "--error", "0.3", "--chains", "4"])
     dampings = _compared.ROWS_BY_LABEL["K-FAC"].grid
-    assert seen == [(NAME, "bif", ({"error": 0.3},)), (NAME, "kfac", dampings)]
+    assert seen == [(NAME, "bif", ({"error": 0.3, "chains": 4},)), (NAME, "kfac", dampings)]

@@ -145,4 +145,4 @@ def test_the_error_of_the_bif_is_an_option(tmp_path, monkeypatch):
     arguments = ["diabetes-mlp", "--methods", "BIF", "GradDot", "--out", str(tmp_path)]
     with pytest.raises(Enough):
         program.main([*arguments, "--error", "0.1"])
-    assert seen == [("BIF", {"error": 0.1}), ("GradDot", {})]
+    assert seen == [("BIF", {"error": 0.1, "chains": 16}), ("GradDot", {})]
