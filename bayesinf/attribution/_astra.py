@@ -61,7 +61,7 @@ def astra(
     fisher, curvature
         Labels of the EK-FAC preconditioner that is fitted, or one that was: exactly one of them.
     deflate
-        Number of directions in which the preconditioner is corrected first
+        Number of directions at most in which the preconditioner is corrected first
         (:func:`bayesinf.curvature.deflate`).
     minibatch
         Examples of a product ``C̃``; None: all.

@@ -57,7 +57,7 @@ def conjugate_gradient(
     fisher, curvature
         Labels of the EK-FAC preconditioner that is fitted, or one that was: exactly one of them.
     deflate
-        Number of directions in which the preconditioner is corrected first
+        Number of directions at most in which the preconditioner is corrected first
         (:func:`bayesinf.curvature.deflate`).
     tolerance
         On the residual ``‖(C + λI) x − ∇φ‖ / ‖∇φ‖`` of every query.

@@ -58,7 +58,7 @@ def deflated_ekfac(
     fisher, curvature
         Labels of the EK-FAC preconditioner that is fitted, or one that was: exactly one of them.
     deflate
-        Number of directions in which the preconditioner is corrected first
+        Number of directions at most in which the preconditioner is corrected first
         (:func:`bayesinf.curvature.deflate`).
     seed
         Of sampled labels and of the Lanczos start vector.
@@ -70,7 +70,7 @@ def deflated_ekfac(
     -------
     xr.Dataset
         ``influence(query, train)``; negative = helpful. Attributes as :func:`bayesinf.ekfac`, and
-        of, deflate, products (in passes over the training set).
+        of, deflate, deflated (directions found), products (in passes over the training set).
 
     Raises
     ------

@@ -67,7 +67,8 @@ class Preconditioner:
         self.attrs = {**curvature_attrs(held), "deflate": rank, "seed": seed}
         if rank:
             with costs.stage("deflation"):
-                self.inverse = deflate(held, operator, damping=damping, rank=rank, seed=seed)
+                found = deflate(held, operator, damping=damping, rank=rank, seed=seed)
+            self.inverse, self.attrs["deflated"] = found, len(found.values)
 
 
 def product(

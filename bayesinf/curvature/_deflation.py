@@ -147,7 +147,7 @@ def deflate(
     rank: int,
     which: Ends = "BE",
     tolerance: float = 0.1,
-    iterations: int | None = None,
+    iterations: int = 10,
     seed: int = 0,
 ) -> DeflatedInverse:
     """Correct the inverse of an approximate curvature along the directions it misses most.
@@ -161,7 +161,7 @@ def deflate(
     damping
         λ > 0.
     rank
-        Number of directions, from 1 to ``d``. They take about four products each.
+        Number of directions at most, from 1 to ``d``. They take about four products each.
     which
         ``"BE"`` half from both ends of the spectrum, ``"LA"`` where curvature is underestimated
         alone, ``"SA"`` where it is overestimated alone.
@@ -169,7 +169,8 @@ def deflate(
         Relative accuracy of the ``θ_i``. Rough ones do: what is left of an error is small, and
         solvers see the true operator.
     iterations
-        Restarts of the Lanczos iteration at most.
+        Restarts of the Lanczos iteration at most, each ``rank`` products or fewer. Directions that
+        have converged by then are taken: where a spectrum ends in a crowd, none stands out.
     seed
         Of its start vector.
 
@@ -184,7 +185,7 @@ def deflate(
     NotPositiveDefiniteError
         If ``P + λI`` or ``C + λI`` is not positive definite.
     RuntimeError
-        If the Lanczos iteration did not converge.
+        If no direction converged.
     """
     inverse = curvature.inverse(damping)
     root = inverse.sqrt()
@@ -196,6 +197,7 @@ def deflate(
         which=which,
         tolerance=tolerance,
         iterations=iterations,
+        partial=True,
         seed=seed,
     )
     low = float(pairs.values[-1])

@@ -64,6 +64,7 @@ def top_eigenpairs(
     which: Ends = "LA",
     tolerance: float = 1e-6,
     iterations: int | None = None,
+    partial: bool = False,
     seed: int = 0,
 ) -> Eigenpairs:
     """Compute ``k`` eigenpairs of ``C + λI`` or, preconditioned, of ``W (C + λI) W``.
@@ -85,6 +86,8 @@ def top_eigenpairs(
         Relative accuracy of the eigenvalues; in float32 not below about 1e-6.
     iterations
         Restarts at most; ARPACK's default, ``10 d``, if None.
+    partial
+        Take those that have converged by then, one at least, in place of raising.
     seed
         Of the start vector.
 
@@ -97,7 +100,7 @@ def top_eigenpairs(
     ValueError
         If ``k`` or ``which`` cannot be, shapes do not fit, or a product is not finite.
     RuntimeError
-        If the iteration did not converge.
+        If the iteration did not converge; with ``partial``, nowhere.
 
     Notes
     -----
@@ -134,7 +137,7 @@ def top_eigenpairs(
     if d <= _DENSE or 2 * k + 1 >= d:
         rows = _dense(apply(torch.eye(d, dtype=dtype, device=device)), k, which)
     else:
-        rows = _arpack(apply, d, k, dtype, device, seed, which, tolerance, iterations)
+        rows = _arpack(apply, d, k, dtype, device, seed, which, tolerance, iterations, partial)
     image = apply(rows)
     values = (rows.double() * image.double()).sum(1)
     order = values.argsort(descending=True)
@@ -160,6 +163,7 @@ def _arpack(
     which: str,
     tolerance: float,
     iterations: int | None,
+    partial: bool,
 ) -> Tensor:
     """Rows of eigenvectors by restarted Lanczos iterations."""
 
@@ -174,11 +178,13 @@ def _arpack(
     try:
         vectors = eigsh(linear, k=k, **options)[1]
     except ArpackNoConvergence as error:
-        raise RuntimeError(
-            f"{len(error.eigenvalues)} of {k} eigenpairs converged to a tolerance of "
-            f"{tolerance:g}. Allow more iterations, a larger tolerance (rounding in {dtype} sets a "
-            f"limit), or fewer eigenpairs."
-        ) from error
+        vectors = error.eigenvectors
+        if not (partial and vectors.shape[1]):
+            raise RuntimeError(
+                f"{len(error.eigenvalues)} of {k} eigenpairs converged to a tolerance of "
+                f"{tolerance:g}. Allow more iterations, a larger tolerance (rounding in {dtype} "
+                f"sets a limit), or fewer eigenpairs."
+            ) from error
     return torch.from_numpy(np.ascontiguousarray(vectors.T)).to(device, dtype)
 
 

@@ -30,7 +30,7 @@ def damped(task):
 
 
 def make(curvature, task, rank, **options):
-    options = {"tolerance": 1e-12} | options
+    options = {"tolerance": 1e-12, "iterations": 1000} | options
     return deflate(curvature, GaussNewtonProduct(task), damping=DAMPING, rank=rank, **options)
 
 
@@ -117,6 +117,25 @@ def test_precision_is_that_of_the_curvature(task):
     assert inverse.sample(2, torch.Generator().manual_seed(0)).dtype == torch.float32
     reference = make(bi.fit_curvature(task, fisher="enumerated"), task, 6)
     exact.close(inverse.apply(torch.eye(task.dimension)), dense(reference), 1e-4)
+
+
+def test_directions_that_do_not_converge_are_left(rng):
+    """Few restarts: fewer directions, each of which has the eigenvalue one; the others stay."""
+    x = torch.randn(60, 12, generator=rng, dtype=torch.float64)
+    net = torch.nn.Sequential(torch.nn.Linear(12, 12), torch.nn.Tanh(), torch.nn.Linear(12, 6))
+    labels = torch.arange(60) % 6
+    task = bi.Task(net.double(), bi.Categorical(), train=(x, labels), query=(x[:3], labels[:3]))
+    curvature = bi.fit_curvature(task, fisher="enumerated")
+    damped = exact.gauss_newton(task) + DAMPING * torch.eye(task.dimension, dtype=torch.float64)
+    inverse = make(curvature, task, 40, iterations=1, tolerance=1e-9)
+    count = len(inverse.values)
+    assert 0 < count < 40
+    before = spectrum(curvature.inverse(DAMPING).dense(), damped)
+    after = spectrum(dense(inverse), damped)
+    ones = int(((after - 1).abs() < 1e-6).sum())
+    assert ones == count + int(((before - 1).abs() < 1e-6).sum())
+    scores = bi.deflated_ekfac(task, damping=DAMPING, curvature=curvature, deflate=40)
+    assert 0 < scores.attrs["deflated"] <= scores.attrs["deflate"] == 40
 
 
 def test_a_hessian_that_is_not_positive_is_refused(curvature, task):

@@ -122,6 +122,26 @@ def test_errors_say_what_to_do(rng):
         top_eigenpairs(operator, 30, which="SA", iterations=1, tolerance=1e-12)
 
 
+def test_pairs_that_have_converged_may_be_taken(rng):
+    """An isolated end and a crowded one: the first is found to the last digit, not all are."""
+    values = torch.cat([torch.linspace(0, 1, 290), torch.linspace(20, 40, 10)]).double()
+    q = torch.linalg.qr(torch.randn(300, 300, generator=rng, dtype=torch.float64))[0]
+    operator = Dense(q * values @ q.T)
+    options = {"which": "BE", "tolerance": 1e-10, "iterations": 2}
+    with pytest.raises(RuntimeError, match=r"of 30 eigenpairs converged"):
+        top_eigenpairs(operator, 30, **options)
+    found = top_eigenpairs(operator, 30, partial=True, **options)
+    assert 10 <= len(found.values) < 30
+    exact.close(found.values[:10], values.flip(0)[:10], 1e-9)
+    exact.close(found.vectors @ found.vectors.T, torch.eye(len(found.values)), 1e-9)
+    assert float(found.residuals.max()) < 1e-8
+    with pytest.raises(RuntimeError, match=r"0 of 5 eigenpairs converged"):
+        top_eigenpairs(
+            Dense(random_matrix(rng, 120)), 5, which="SA", iterations=1, tolerance=1e-12,
+            partial=True,
+        )  # fmt: skip
+
+
 # ---------------------------------------------------------------- bounds
 
 
