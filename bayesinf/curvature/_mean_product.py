@@ -6,7 +6,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, Self, runtime_checkable
 
 import torch
@@ -22,6 +22,9 @@ __all__ = ["FiniteMean", "Linear", "MeanProduct"]
 
 _CHUNK = 2**21
 """Numbers of a pass that are held for all vectors together: what stays near the processor."""
+
+_COPIES = 3
+"""Numbers that a linear map holds, for each that a forward pass leaves behind."""
 
 Linear = Callable[[Sequence[Tensor], bool], list[Tensor]]
 """Parameter-shaped vectors, stacked (True) or single, to their products, summed over a batch."""
@@ -49,6 +52,8 @@ class _State:
     vectorize: bool = True
     checked: bool = False
     width: int = 0
+    kept: dict[int, Linear] = field(default_factory=dict)
+    room: float = 0.0
 
 
 class MeanProduct(ABC):
@@ -63,15 +68,19 @@ class MeanProduct(ABC):
         *,
         batch_size: int = 256,
         vectorize: bool = True,
+        memory_limit: float = 1.0,
         costs: Costs | None = None,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be ≥ 1; got {batch_size}.")
+        if not memory_limit >= 0:
+            raise ValueError(f"memory_limit, in GiB, must be ≥ 0; got {memory_limit}.")
         task.require_full_precision("a product with a curvature")
         task.require_whole_parameters("a product with a curvature")
         self.task, self.batch_size, self.costs = task, batch_size, costs
         self._index: Tensor | None = None
-        self._state = _State(vectorize=vectorize)
+        room = memory_limit * 2**30 / task.dtype.itemsize
+        self._state = _State(vectorize=vectorize, room=room)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -152,8 +161,7 @@ class MeanProduct(ABC):
             )
         vectors = rows.detach().reshape(-1, d).to(self.task.device, self.task.dtype)
         total = torch.zeros_like(vectors)
-        for batch, size in self._batches():
-            linear = self._linearise(batch)
+        for linear, size in self._maps():
             step = max(1, _CHUNK // (size * self._width()))
             for start in range(0, len(vectors), step):
                 where = slice(start, start + step)
@@ -214,20 +222,34 @@ class MeanProduct(ABC):
 
     # ------------------------------------------------------------------ what it costs
 
-    def _batches(self) -> Iterator[tuple[Batch, int]]:
-        train = self.task.train
-        if self._index is None:
-            for where, batch in train.batches(self.batch_size):
-                yield batch, where.stop - where.start
-        else:
+    def _maps(self) -> Iterator[tuple[Linear, int]]:
+        """Linear maps of all batches, as far as there is room kept from one product to the next."""
+        if self._index is not None:
             for part in self._index.split(self.batch_size):
-                yield train.batch(part), len(part)
+                yield self._counted(self.task.train.batch(part), len(part)), len(part)
+            return
+        state, n = self._state, self.task.n
+        for start in range(0, n, self.batch_size):
+            stop = min(start + self.batch_size, n)
+            linear = state.kept.get(start)
+            if linear is None:
+                linear = self._counted(self.task.train.batch(slice(start, stop)), stop - start)
+                needed = _COPIES * (stop - start) * self._width()
+                if needed <= state.room:
+                    state.kept[start] = linear
+                    state.room -= needed
+            yield linear, stop - start
+
+    def _counted(self, batch: Batch, size: int) -> Linear:
+        if self.costs is not None:
+            self.costs.forward_examples += size
+            self.costs.backward_examples += size
+        return self._linearise(batch)
 
     def _count(self, size: int, vectors: int) -> None:
         self._state.products += vectors * size / self.task.n
         if self.costs is not None:
-            self.costs.forward_examples += size
-            self.costs.backward_examples += size * (1 + self._passes * vectors)
+            self.costs.backward_examples += size * self._passes * vectors
 
     def _width(self) -> int:
         """Numbers that a forward pass of one example leaves behind, without the parameters."""

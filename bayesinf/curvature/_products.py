@@ -42,13 +42,15 @@ class GaussNewtonProduct(MeanProduct):
     vectorize
         True: all vectors at once where autograd's formulas can be vectorised, and where they cannot
         one after another, with the same result. False: always one after another.
+    memory_limit
+        GiB of passes over the first batches that are kept from one product to the next.
     costs
         Account to which passes are added: two backward passes an example and vector.
 
     Raises
     ------
     ValueError
-        If ``batch_size`` is not positive.
+        If ``batch_size`` is not positive, or ``memory_limit`` negative.
 
     Examples
     --------
@@ -98,7 +100,7 @@ class HessianProduct(MeanProduct):
         Network, likelihood and training examples; its dtype is that of the computation.
     batch_size
         Examples at a time.
-    vectorize
+    vectorize, memory_limit
         As in :class:`GaussNewtonProduct`.
     costs
         Account to which passes are added: one backward pass an example and vector, as in
@@ -107,7 +109,7 @@ class HessianProduct(MeanProduct):
     Raises
     ------
     ValueError
-        If ``batch_size`` is not positive.
+        If ``batch_size`` is not positive, or ``memory_limit`` negative.
     """
 
     _passes = 1

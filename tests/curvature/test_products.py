@@ -218,6 +218,22 @@ def test_products_and_passes_are_counted():
     assert (costs.forward_examples, costs.backward_examples) == (12, 12 * 8)
 
 
+@pytest.mark.parametrize("kind", DENSE, ids=lambda kind: kind.__name__)
+def test_passes_are_kept_as_far_as_there_is_room(kind):
+    """12 examples in batches of 5, 5 and 2: no room, room for the first, room for all."""
+    task = LAYERED_BY_NAME["mlp-categorical"].task()
+    first = 3 * 5 * kind(task)._width() * 8 / 2**30  # what a batch of 5 takes, in GiB
+    expected = DENSE[kind](task)
+    for room, passes in ((0.0, 36), (1.1 * first, 12 + 7 + 7), (1.0, 12)):
+        costs = Costs()
+        operator = kind(task, batch_size=5, memory_limit=room, costs=costs)
+        for _ in range(3):
+            exact.close(operator.apply(eye(task)), expected, 1e-11)
+        assert costs.forward_examples == passes
+        operator.on(torch.arange(4)).apply(eye(task)[:1])
+        assert costs.forward_examples == passes + 4
+
+
 def test_memory_is_bounded_by_what_a_pass_leaves_behind():
     task = LAYERED_BY_NAME["mlp-categorical"].task()  # 4-6-5-3, tanh
     operator = GaussNewtonProduct(task)
@@ -279,6 +295,9 @@ def test_errors_say_what_to_do(rng):
         operator @ torch.zeros(4)
     with pytest.raises(ValueError, match="batch_size must be ≥ 1; got 0"):
         GaussNewtonProduct(task, batch_size=0)
+    for limit in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match="memory_limit, in GiB, must be ≥ 0"):
+            HessianProduct(task, memory_limit=limit)
     with pytest.raises(ValueError, match=r"mask becomes positions"):
         operator.on(torch.ones(12, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"non-empty vector"):
