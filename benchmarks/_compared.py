@@ -22,7 +22,6 @@ __all__ = [
     "write_row",
 ]  # fmt: skip
 
-_QUERIES = 100
 _LAYERS = tuple({"relative_damping": r} for r in (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0))
 _WHOLE = tuple({"times": r} for r in (3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0))
 _PROJECTED = tuple({"relative_damping": r} for r in (0.01, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0))
@@ -40,12 +39,15 @@ class Row:
         Settings to choose from.
     like
         Row whose setting is taken instead.
+    queries
+        So many choose, the first ones.
     """
 
     label: str
     method: str
     grid: tuple[Mapping[str, Any], ...] = ({},)
     like: str | None = None
+    queries: int = 100
 
 
 def _each(name: str, *values: Any) -> tuple[dict[str, Any], ...]:
@@ -64,7 +66,7 @@ ROWS = (
     Row("EK-FAC", "ekfac", _LAYERS),
     Row("K-FAC", "kfac", _LAYERS),
     Row("EK-FAC, deflated", "deflated_ekfac", _WHOLE),
-    Row("conjugate gradients", "conjugate_gradient", _WHOLE),
+    Row("conjugate gradients", "conjugate_gradient", _WHOLE, queries=25),
     Row("ASTRA", "astra", like="conjugate gradients"),
     Row("LiSSA", "lissa", like="conjugate gradients"),
     Row("Gauss–Newton, dense", "gauss_newton", like="conjugate gradients"),
@@ -193,8 +195,8 @@ def choose(benchmark: BenchmarkTask, row: Row, bank: xr.Dataset, folder: Path) -
     """
     if len(row.grid) == 1:
         return {"setting": dict(row.grid[0]), "tried": []}
-    scorer = _Scorer(benchmark, row, _QUERIES, folder)
-    part = bank.isel(query=slice(_QUERIES))
+    scorer = _Scorer(benchmark, row, row.queries, folder)
+    part = bank.isel(query=slice(row.queries))
     tried: list[tuple[dict[str, Any], float | None]] = []
     for setting in row.grid:
         try:

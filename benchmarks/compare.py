@@ -1,10 +1,11 @@
 """Every method of the registry on every task: ``python -m benchmarks.compare [TASK …]``.
 
 What a method leaves open is chosen on the tuning subsets, from the few settings of
-``benchmarks/_compared.py`` and the first 100 queries; the evaluation subsets judge what was chosen,
-once. Dampings are multiples of the mean eigenvalue of the Fisher matrix: of each layer for methods
-of layers (``relative_damping``), of all parameters together for the others (``times``). Solvers of
-one linear system take the damping that was chosen for the cheapest of them, conjugate gradients.
+``benchmarks/_compared.py`` and the first 100 queries (25 where each is a linear system to solve);
+the evaluation subsets judge what was chosen, once. Dampings are multiples of the mean eigenvalue of
+the Fisher matrix: of each layer for methods of layers (``relative_damping``), of all parameters
+together for the others (``times``). Solvers of one linear system take the damping that was chosen
+for the cheapest of them, conjugate gradients.
 
 A row is a process of its own, and costs what that process spent on the chosen setting, a recorded
 training run included. Rows are kept in ``OUT/TASK/ROW.json``, those that did not run too: a killed
