@@ -22,6 +22,7 @@ positions of examples ``(C, B)``, one row per chain.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -31,6 +32,7 @@ from torch import Tensor
 from torch.func import grad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bayesinf._footprint import examples_at_once
 from bayesinf._gradients import ChainFunctions
 from bayesinf._task import Task
 
@@ -301,8 +303,9 @@ class Potential:
         """Hessian of the potential times a vector, ``(C, d)``; the tilt does not change it."""
         p, task = self.posterior, self.posterior.task
         out = p.prior_precision * vector
+        size = examples_at_once(task, self.chunk)
         for c in range(len(position)):
-            for share, examples, weights in self._shares(None if batch is None else batch[c]):
+            for share, examples, weights in self._shares(None if batch is None else batch[c], size):
 
                 def mean_loss(
                     w: Tensor, examples: Any = examples, weights: Any = weights
@@ -316,11 +319,12 @@ class Potential:
                     out[c] += p.n_beta * share * grad(slope)(position[c])
         return out
 
-    def _shares(self, batch: Tensor | None) -> list[tuple[float, Any, Any]]:
+    def _shares(self, batch: Tensor | None, size: int) -> Iterator[tuple[float, Any, Any]]:
         train = self.posterior.task.train
-        if batch is not None:
-            return [(1.0, train.batch(batch), 1 if self.weights is None else self.weights[batch])]
-        return [
-            ((where.stop - where.start) / len(train), examples, 1)
-            for where, examples in train.batches(self.chunk)
-        ]
+        if batch is None:
+            for where, examples in train.batches(size):
+                yield (where.stop - where.start) / len(train), examples, 1
+            return
+        for part in batch.split(size):
+            weights = 1 if self.weights is None else self.weights[part]
+            yield len(part) / len(batch), train.batch(part), weights

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bayesinf._data import Batch
+from bayesinf._footprint import examples_at_once, numbers_left
 from bayesinf._task import Task
 from bayesinf.curvature._accounting import Costs
 from bayesinf.curvature._operator import SymmetricOperator, multiply
@@ -51,7 +52,6 @@ class _State:
     products: float = 0.0
     vectorize: bool = True
     checked: bool = False
-    width: int = 0
     kept: dict[int, Linear] = field(default_factory=dict)
     room: float = 0.0
 
@@ -162,7 +162,7 @@ class MeanProduct(ABC):
         vectors = rows.detach().reshape(-1, d).to(self.task.device, self.task.dtype)
         total = torch.zeros_like(vectors)
         for linear, size in self._maps():
-            step = max(1, _CHUNK // (size * self._width()))
+            step = max(1, _CHUNK // (size * numbers_left(self.task)))
             for start in range(0, len(vectors), step):
                 where = slice(start, start + step)
                 total[where] += self._products_of(linear, vectors[where])
@@ -224,17 +224,18 @@ class MeanProduct(ABC):
 
     def _maps(self) -> Iterator[tuple[Linear, int]]:
         """Linear maps of all batches, as far as there is room kept from one product to the next."""
+        size = examples_at_once(self.task, self.batch_size)
         if self._index is not None:
-            for part in self._index.split(self.batch_size):
+            for part in self._index.split(size):
                 yield self._counted(self.task.train.batch(part), len(part)), len(part)
             return
         state, n = self._state, self.task.n
-        for start in range(0, n, self.batch_size):
-            stop = min(start + self.batch_size, n)
+        for start in range(0, n, size):
+            stop = min(start + size, n)
             linear = state.kept.get(start)
             if linear is None:
                 linear = self._counted(self.task.train.batch(slice(start, stop)), stop - start)
-                needed = _COPIES * (stop - start) * self._width()
+                needed = _COPIES * (stop - start) * numbers_left(self.task)
                 if needed <= state.room:
                     state.kept[start] = linear
                     state.room -= needed
@@ -250,24 +251,6 @@ class MeanProduct(ABC):
         self._state.products += vectors * size / self.task.n
         if self.costs is not None:
             self.costs.backward_examples += size * self._passes * vectors
-
-    def _width(self) -> int:
-        """Numbers that a forward pass of one example leaves behind, without the parameters."""
-        if not self._state.width:
-            params = {name: p.detach().requires_grad_() for name, p in self.task.params.items()}
-            own = {p.untyped_storage().data_ptr() for p in self.task.module.parameters()}
-            seen: dict[int, int] = {}
-
-            def note(saved: Tensor) -> Tensor:
-                if saved.untyped_storage().data_ptr() not in own:
-                    seen[saved.data_ptr()] = saved.numel()
-                return saved
-
-            hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved)
-            with torch.enable_grad(), hooks:
-                self.task.losses(params, self.task.train.batch(slice(0, 1)))
-            self._state.width = max(1, sum(seen.values()))
-        return self._state.width
 
 
 @contextmanager

@@ -6,6 +6,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import bayesinf as bi
+from bayesinf import _footprint
+from bayesinf._footprint import examples_at_once, numbers_left
 from bayesinf.curvature import _mean_product
 from bayesinf.curvature._accounting import Costs
 from bayesinf.curvature._mean_product import FiniteMean
@@ -222,7 +224,7 @@ def test_products_and_passes_are_counted():
 def test_passes_are_kept_as_far_as_there_is_room(kind):
     """12 examples in batches of 5, 5 and 2: no room, room for the first, room for all."""
     task = LAYERED_BY_NAME["mlp-categorical"].task()
-    first = 3 * 5 * kind(task)._width() * 8 / 2**30  # what a batch of 5 takes, in GiB
+    first = 3 * 5 * numbers_left(task) * 8 / 2**30  # what a batch of 5 takes, in GiB
     expected = DENSE[kind](task)
     for room, passes in ((0.0, 36), (1.1 * first, 12 + 7 + 7), (1.0, 12)):
         costs = Costs()
@@ -236,11 +238,32 @@ def test_passes_are_kept_as_far_as_there_is_room(kind):
 
 def test_memory_is_bounded_by_what_a_pass_leaves_behind():
     task = LAYERED_BY_NAME["mlp-categorical"].task()  # 4-6-5-3, tanh
-    operator = GaussNewtonProduct(task)
     kept = 4 + 6 + 6 + 5 + 5 + 3  # inputs and outputs of every layer, at most
-    assert 4 + 6 + 5 <= operator._width() <= 2 * kept
+    assert 4 + 6 + 5 <= numbers_left(task) <= 2 * kept
     wide = LAYERED_BY_NAME["conv-valid"].task()
-    assert GaussNewtonProduct(wide)._width() > 2 * operator._width()
+    assert numbers_left(wide) > 2 * numbers_left(task)
+    assert examples_at_once(task, 7) == 7
+    assert examples_at_once(task, 10**9) == _footprint._NUMBERS // numbers_left(task)
+
+
+@pytest.mark.parametrize("kind", DENSE, ids=lambda kind: kind.__name__)
+def test_few_examples_at_once_change_nothing(kind, monkeypatch, rng):
+    """Room for 3 of the 12, and for none: one at a time. A minibatch of a posterior, too."""
+    task = LAYERED_BY_NAME["mlp-categorical"].task()
+    expected, some = DENSE[kind](task), torch.tensor([1, 2, 2, 7, 11])
+    part = kind(task).on(some).apply(eye(task))
+    potential = bi.LocalPosterior(task, n_beta=3.0, gamma=2.0).bind()
+    v = torch.randn(1, task.dimension, generator=rng, dtype=torch.float64)
+    products = potential.hvp(potential.center[None], v, some[None])
+    for room, size in ((3 * numbers_left(task), 3), (1, 1)):
+        monkeypatch.setattr(_footprint, "_NUMBERS", room)
+        assert examples_at_once(task, 12) == size
+        exact.close(kind(task).apply(eye(task)), expected, 1e-11)
+        exact.close(kind(task).on(some).apply(eye(task)), part, 1e-11)
+        exact.close(potential.hvp(potential.center[None], v, some[None]), products, 1e-11)
+        exact.close(
+            potential.hvp(potential.center[None], v), 2 * v + 3 * v @ exact.loss_hessian(task), 1e-9
+        )
 
 
 # ---------------------------------------------------------------- surroundings
