@@ -23,6 +23,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from bayesinf._data import Batch
+from bayesinf._footprint import numbers_left
 from bayesinf._linear import FusedLinear
 from bayesinf._task import Measurement, Task
 from bayesinf._tracing import record
@@ -30,8 +31,10 @@ from bayesinf._tracing import record
 __all__ = ["MAX_VECTORIZED_PARAMETERS", "ChainFunctions", "VectorizationWarning"]
 
 MAX_VECTORIZED_PARAMETERS = 1_000_000
-_AT_ONCE = 8
-"""Examples of one backward pass of networks with more parameters."""
+_LARGE = 2**16
+"""Numbers that one example leaves behind; with more, a processor has its work cut out already."""
+_LEAST, _NEAR = 8, 2**22
+"""Examples of one backward pass on a processor at least, and numbers that they leave behind."""
 
 _TOLERANCE = {
     torch.float64: 1e-8,
@@ -57,16 +60,15 @@ class ChainFunctions:
         The task.
     vectorize
         True or False to force. None vectorises networks of up to 10⁶ selected parameters, where a
-        step costs mostly what launching its operations costs; of networks with convolutions only
+        step costs mostly what launching its operations costs (on a processor if an example leaves
+        no more than 2¹⁶ numbers behind: transformers do); of networks with convolutions only
         the chains' own minibatches (vectorised ones are grouped convolutions, two to four times
         slower on the large batches that all chains share).
     """
 
     def __init__(self, task: Task, vectorize: bool | None = None) -> None:
         self.task = task
-        self.vectorize = (
-            task.dimension <= MAX_VECTORIZED_PARAMETERS if vectorize is None else vectorize
-        )
+        self.vectorize = _small(task) if vectorize is None else vectorize
         convolutional = any(isinstance(m, _ConvNd) for m in task.module.modules())
         self._vectorize_shared = vectorize is True or not convolutional
         self._forced = vectorize is True
@@ -183,6 +185,13 @@ class ChainFunctions:
         )
 
 
+def _small(task: Task) -> bool:
+    """Whether launching operations is most of what a step costs."""
+    if task.dimension > MAX_VECTORIZED_PARAMETERS:
+        return False
+    return task.device.type != "cpu" or numbers_left(task) <= _LARGE
+
+
 def _loss_grad(task: Task, w: Tensor, batch: Batch, weights: Tensor | None = None) -> list[Tensor]:
     """Gradient and losses of one chain by autograd alone.
 
@@ -192,8 +201,7 @@ def _loss_grad(task: Task, w: Tensor, batch: Batch, weights: Tensor | None = Non
     leaves = {name: p.detach().requires_grad_() for name, p in task.unflatten(w).items()}
     given = (batch,) if weights is None else (batch, weights)
     size = len(tree_leaves(batch)[0])
-    few = task.dimension > MAX_VECTORIZED_PARAMETERS and w.device.type == "cpu"
-    step = _AT_ONCE if few else max(1, size)
+    step = max(_LEAST, _NEAR // numbers_left(task)) if w.device.type == "cpu" else max(1, size)
     found = []
     for start in range(0, size, step):
         part = tree_map(lambda leaf, start=start: leaf[start : start + step], given)

@@ -10,6 +10,7 @@ from torch.func import functional_call
 
 import bayesinf as bi
 from bayesinf import _gradients
+from bayesinf._footprint import numbers_left
 from bayesinf._gradients import ChainFunctions
 from bayesinf._tracing import record
 from tests.cases import BY_NAME, CASES
@@ -105,6 +106,10 @@ def test_vectorised_runs_never_loop(monkeypatch, rng):
     monkeypatch.setattr(_gradients, "MAX_VECTORIZED_PARAMETERS", task.dimension - 1)
     assert not ChainFunctions(task).vectorize
     assert ChainFunctions(task, True).vectorize
+    monkeypatch.setattr(_gradients, "MAX_VECTORIZED_PARAMETERS", task.dimension)
+    for large, vectorized in ((numbers_left(task), True), (numbers_left(task) - 1, False)):
+        monkeypatch.setattr(_gradients, "_LARGE", large)
+        assert ChainFunctions(task).vectorize == vectorized
 
 
 # ---------------------------------------------------------------- recording
@@ -330,8 +335,8 @@ def test_large_networks_take_few_examples_at_a_time(monkeypatch, weighted):
     weights = torch.rand(7, dtype=torch.float64) if weighted else None
     functions, batch = ChainFunctions(task, vectorize=False), task.train.batch()
     expected = functions.loss_grad(w, batch, shared=True, weights=weights)
-    monkeypatch.setattr(_gradients, "MAX_VECTORIZED_PARAMETERS", 1)
-    monkeypatch.setattr(_gradients, "_AT_ONCE", 3)
+    monkeypatch.setattr(_gradients, "_LEAST", 1)
+    monkeypatch.setattr(_gradients, "_NEAR", 3 * numbers_left(task))
     seen.clear()
     got = functions.loss_grad(w, batch, shared=True, weights=weights)
     assert seen == [3, 3, 1] * 2

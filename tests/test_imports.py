@@ -116,13 +116,16 @@ LAYERS = {  # what a module may need of the package, at most
     "bayesinf._parameters": set(),
     "bayesinf._checkpoint": set(),
     "bayesinf._task": {"_data", "_likelihoods", "_language", "_head", "_parameters", "_checkpoint"},
+    "bayesinf._footprint": {
+        "_task", "_data", "_likelihoods", "_language", "_head", "_parameters", "_checkpoint",
+    },
     "bayesinf._gradients": {
         "_task", "_data", "_likelihoods", "_language", "_head", "_parameters", "_checkpoint",
-        "_linear", "_tracing",
+        "_linear", "_tracing", "_footprint",
     },
     "bayesinf._posterior": {
         "_task", "_data", "_likelihoods", "_language", "_head", "_parameters", "_checkpoint",
-        "_gradients", "_linear", "_tracing",
+        "_gradients", "_linear", "_tracing", "_footprint",
     },
 }  # fmt: skip
 
