@@ -1,4 +1,4 @@
-"""How many examples go through a network together, where second derivatives are taken."""
+"""What an example leaves behind on its way through a network, and how many may go together."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bayesinf._task import Task
 __all__ = ["examples_at_once", "numbers_left"]
 
 _NUMBERS = 2**24
-"""Of a forward pass, at most; derivatives hold several times as many."""
+"""Of a forward pass, at most, where second derivatives hold several times as many."""
 
 _KNOWN: WeakKeyDictionary[Task, int] = WeakKeyDictionary()
 

@@ -119,7 +119,8 @@ class LocalPosterior:
         Parameters
         ----------
         vectorize
-            Whether chains are computed together; None chooses by the number of parameters.
+            Whether chains are computed together; None chooses by the size of
+            the network and of what an example leaves behind.
         chunk_size
             Examples per forward pass of a full-batch evaluation (bounds the memory).
 

@@ -254,6 +254,7 @@ def test_few_examples_at_once_change_nothing(kind, monkeypatch, rng):
     part = kind(task).on(some).apply(eye(task))
     potential = bi.LocalPosterior(task, n_beta=3.0, gamma=2.0).bind()
     v = torch.randn(1, task.dimension, generator=rng, dtype=torch.float64)
+    potential.weights = torch.rand(12, generator=rng, dtype=torch.float64)
     products = potential.hvp(potential.center[None], v, some[None])
     for room, size in ((3 * numbers_left(task), 3), (1, 1)):
         monkeypatch.setattr(_footprint, "_NUMBERS", room)
