@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -41,6 +42,8 @@ class Row:
         Row whose setting is taken instead.
     queries
         So many choose, the first ones.
+    patience
+        The grid, from its cheapest setting on, ends after so many in a row worse than the best.
     """
 
     label: str
@@ -48,6 +51,7 @@ class Row:
     grid: tuple[Mapping[str, Any], ...] = ({},)
     like: str | None = None
     queries: int = 100
+    patience: int | None = None
 
 
 def _each(name: str, *values: Any) -> tuple[dict[str, Any], ...]:
@@ -65,8 +69,8 @@ ROWS = (
     Row("BIF", "bif"),
     Row("EK-FAC", "ekfac", _LAYERS),
     Row("K-FAC", "kfac", _LAYERS),
-    Row("EK-FAC, deflated", "deflated_ekfac", _WHOLE),
-    Row("conjugate gradients", "conjugate_gradient", _WHOLE, queries=25),
+    Row("EK-FAC, deflated", "deflated_ekfac", _WHOLE[::-1], patience=2),
+    Row("conjugate gradients", "conjugate_gradient", _WHOLE[::-1], queries=25, patience=2),
     Row("ASTRA", "astra", like="conjugate gradients"),
     Row("LiSSA", "lissa", like="conjugate gradients"),
     Row("Gauss–Newton, dense", "gauss_newton", like="conjugate gradients"),
@@ -198,12 +202,18 @@ def choose(benchmark: BenchmarkTask, row: Row, bank: xr.Dataset, folder: Path) -
     scorer = _Scorer(benchmark, row, row.queries, folder)
     part = bank.isel(query=slice(row.queries))
     tried: list[tuple[dict[str, Any], float | None]] = []
+    best, worse = -math.inf, 0
     for setting in row.grid:
+        if worse == row.patience:
+            break
         try:
             value = float(bi.lds(scorer(scorer.sweep(setting)), part)["lds"])
         except bi.SolverDivergenceError:
             value = None
         tried.append((dict(setting), value))
+        if value is not None:
+            worse = 0 if value > best else worse + 1
+            best = max(best, value)
     answers = [(value, setting) for setting, value in tried if value is not None]
     if not answers:
         raise ValueError("no setting of the grid has an answer")

@@ -75,6 +75,37 @@ def test_the_tuning_subsets_choose(
     assert found["setting"] == GRID[judged.index(max(judged))]
 
 
+@pytest.mark.parametrize(
+    ("patience", "values", "tried", "best"),
+    [
+        (None, (0.1, 0.3, 0.2, 0.1, 0.4), 5, 4),
+        (2, (0.1, 0.3, 0.2, 0.1, 0.4), 4, 1),
+        (2, (0.1, 0.3, 0.2, 0.4, 0.1), 5, 3),  # worse once is not worse twice
+        (1, (0.1, None, 0.2, 0.1, 0.4), 4, 2),  # no answer is not a worse one
+    ],
+)
+def test_a_patient_row_ends_where_it_falls(
+    patience, values, tried, best, benchmark_task, tmp_path, monkeypatch
+) -> None:
+    grid = tuple({"relative_damping": float(k)} for k in range(len(values)))
+    asked: list[int] = []
+
+    def attribute(*_: object, relative_damping: float, **__: object) -> float:
+        asked.append(int(relative_damping))
+        found = values[asked[-1]]
+        if found is None:
+            raise bi.SolverDivergenceError("diverged", 0.1)
+        return found
+
+    monkeypatch.setattr(bi, "attribute", attribute)
+    monkeypatch.setattr(bi, "lds", lambda scores, _: {"lds": scores})
+    row = _compared.Row("EK-FAC", "ekfac", grid, patience=patience)
+    found = _compared.choose(benchmark_task, row, benchmark_task.bank("tuning"), tmp_path)
+    assert asked == list(range(tried))
+    assert found["tried"] == list(zip(grid[:tried], values[:tried], strict=True))
+    assert found["setting"] == grid[best]
+
+
 def test_a_setting_without_an_answer_is_never_chosen(benchmark_task, tmp_path, monkeypatch) -> None:
     real = bi.attribute
 
