@@ -188,7 +188,7 @@ class FixedPoint:
             rows, r, velocity = rows[going], r[going], velocity[going]
             if not len(rows) or done == self.iterations:
                 break
-            velocity = beta * velocity + alpha * self.precondition(r)
+            velocity.mul_(beta).add_(self.precondition(r), alpha=alpha)
             x[rows] += velocity
             r = self.system.residual(x[rows], self.rhs[rows])
             residual[rows] = relative(r, self.rhs[rows])
@@ -198,14 +198,14 @@ class FixedPoint:
 
     def _stochastic(self, x: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor, int]:
         """Iterate over minibatches; return the average, and its residual on all examples."""
-        average, velocity = x.clone(), torch.zeros_like(x)
+        x, average, velocity = x.clone(), x.clone(), torch.zeros_like(x)
         first = residual = relative(self.system.residual(x, self.rhs), self.rhs)
         for done, (alpha, beta) in enumerate(schedule.coefficients(), 1):
-            r = self.rhs - self.system(x, self._batch())
+            r = self.system(x, self._batch()).neg_().add_(self.rhs)
             self._require_bounded(relative(r, self.rhs), first, schedule, done)
-            velocity = beta * velocity + alpha * self.precondition(r)
-            x = x + velocity
-            average = average + (_AVERAGE + 1) / (done + _AVERAGE) * (x - average)
+            velocity.mul_(beta).add_(self.precondition(r), alpha=alpha)
+            x += velocity
+            average.lerp_(x, (_AVERAGE + 1) / (done + _AVERAGE))
             if done % self.check_every == 0 or done == self.iterations:
                 residual = relative(self.system.residual(average, self.rhs), self.rhs)
                 if done == self.iterations or bool((residual <= self.tolerance).all()):
