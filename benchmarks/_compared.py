@@ -99,11 +99,12 @@ ROWS = (
     Row("random", "random_scores"),
 )
 ROWS_BY_LABEL = {row.label: row for row in ROWS}
-_FIXED: dict[str, dict[str, Any]] = {
-    "logra": {"rank": 16},
-    "lissa": {"iterations": 300, "minibatch": 100},
-}
+_FIXED: dict[str, dict[str, Any]] = {"logra": {"rank": 16}, "lissa": {"iterations": 300}}
 """Settings that are no choice: 256 numbers of a layer are kept; as many products as CG takes."""
+
+_MINIBATCH = 100
+"""Examples of a minibatch of LiSSA, or a tenth of all."""
+
 _SKETCHES: dict[str, dict[str, Any]] = {
     "arnoldi": {
         "eigenpairs": lambda c, k: bi.curvature.arnoldi_eigenpairs(
@@ -132,6 +133,8 @@ class _Scorer:
         """Options of :func:`bayesinf.attribute`, without what can be shared by a sweep."""
         name = self.row.method
         given = {**task_options(name, self.benchmark), **_FIXED.get(name, {}), **setting}
+        if name == "lissa":
+            given["minibatch"] = min(_MINIBATCH, self.task.n // 10)
         if "times" in given:
             given["damping"] = given.pop("times") * self._mean_eigenvalue()
         if "checkpoints" in find_method(name).required:

@@ -106,6 +106,13 @@ def test_a_patient_row_ends_where_it_falls(
     assert found["setting"] == grid[best]
 
 
+def test_minibatches_are_a_tenth_of_small_tasks(benchmark_task, tmp_path) -> None:
+    row = _compared.ROWS_BY_LABEL["LiSSA"]
+    for benchmark, size in ((benchmark_task, 34), (get_task("digits-mlp"), 100)):
+        scorer = _compared._Scorer(benchmark, row, 5, tmp_path)
+        assert scorer.options({"damping": 0.1})["minibatch"] == size
+
+
 def test_a_setting_without_an_answer_is_never_chosen(benchmark_task, tmp_path, monkeypatch) -> None:
     real = bi.attribute
 
