@@ -4,14 +4,15 @@ What a method leaves open is chosen on the tuning subsets, from the few settings
 ``benchmarks/_compared.py`` and the first 100 queries (25 where each is a linear system to solve);
 the evaluation subsets judge what was chosen, once. Dampings are multiples of the mean eigenvalue of
 the Fisher matrix: of each layer for methods of layers (``relative_damping``), of all parameters
-together for the others (``times``). Solvers of one linear system take the damping that was chosen
-for the cheapest of them, conjugate gradients.
+together for the others (``times``). Where each costs a solve or a deflation they go from large to
+small, and end after two that are worse than the best. The other solvers of one linear system take
+the damping that was chosen for the cheapest of them, conjugate gradients.
 
 A row is a process of its own, and costs what that process spent on the chosen setting, a recorded
 training run included. Rows are kept in ``OUT/TASK/ROW.json``, those that did not run too: a killed
 run goes on there, and a row whose file is deleted is computed again. Printed are LDS with 95 %
-intervals by task, best on average first, and costs on the first task; a method that does not run,
-or takes longer than ``--limit``, is listed with the reason. ``OUT/compare.md``, ``OUT/compare.png``
+intervals by task, best on the first task first, and costs there; a method that does not run, or
+takes longer than ``--limit``, is listed with the reason. ``OUT/compare.md``, ``OUT/compare.png``
 and ``OUT/compare.html`` hold the table, the figure, and everything by task.
 """
 
