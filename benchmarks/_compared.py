@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,12 +99,12 @@ ROWS = (
     Row("random", "random_scores"),
 )
 ROWS_BY_LABEL = {row.label: row for row in ROWS}
-_FIXED: dict[str, dict[str, Any]] = {"logra": {"rank": 16}, "lissa": {"iterations": 300}}
-"""Settings that are no choice: 256 numbers of a layer are kept; as many products as CG takes."""
-
-_MINIBATCH = 100
-"""Examples of a minibatch of LiSSA, or a tenth of all."""
-
+_FIXED: dict[str, Callable[[int], dict[str, Any]]] = {
+    "logra": lambda n: {"rank": 16},
+    "lissa": lambda n: {"iterations": 300, "minibatch": min(100, n // 10)},
+}
+"""Settings that are no choice, of ``n`` examples: 256 numbers of a layer are kept; about as many
+products as CG takes."""
 _SKETCHES: dict[str, dict[str, Any]] = {
     "arnoldi": {
         "eigenpairs": lambda c, k: bi.curvature.arnoldi_eigenpairs(
@@ -132,9 +132,10 @@ class _Scorer:
     def options(self, setting: Mapping[str, Any]) -> dict[str, Any]:
         """Options of :func:`bayesinf.attribute`, without what can be shared by a sweep."""
         name = self.row.method
-        given = {**task_options(name, self.benchmark), **_FIXED.get(name, {}), **setting}
-        if name == "lissa":
-            given["minibatch"] = min(_MINIBATCH, self.task.n // 10)
+        given = dict(task_options(name, self.benchmark))
+        if name in _FIXED:
+            given |= _FIXED[name](self.task.n)
+        given |= setting
         if "times" in given:
             given["damping"] = given.pop("times") * self._mean_eigenvalue()
         if "checkpoints" in find_method(name).required:

@@ -92,7 +92,7 @@ def test_two_passes_make_the_whole(rng):
     whole = scored(None)
     parts = [scored({"train": ids, "query": None}) for ids in (found.kept, found.rest)]
     joined = xr.concat([part.influence for part in parts], "train").sel(train=whole.train)
-    np.testing.assert_allclose(joined, whole.influence, rtol=1e-5, atol=1e-6)  # float32
+    np.testing.assert_allclose(joined, whole.influence, rtol=2e-6, atol=2e-7)  # float32
 
 
 @pytest.mark.parametrize(
