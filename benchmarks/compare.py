@@ -181,7 +181,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--rows", nargs="+", choices=list(ROWS_BY_LABEL), metavar="ROW", help="default: all")
     add("--out", type=Path, default=Path("results/compare"), help="default: %(default)s")
     add("--workers", type=int, default=1, help="rows at a time (default: %(default)s)")
-    add("--limit", type=float, default=3600.0, help="seconds of a row (default: %(default)s)")
+    add("--limit", type=float, default=14400.0, help="seconds of a row (default: %(default)s)")
     add_bif_arguments(parser)
     add("--here", action="store_true", help="one row of one task, in this process")
     options = parser.parse_args(argv)
