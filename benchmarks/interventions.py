@@ -382,7 +382,7 @@ def main(argv: list[str] | None = None) -> None:
     benchmark = get_task(options.task)
     began, scores = time.perf_counter(), {}
     with warnings.catch_warnings():
-        warnings.simplefilter("once", UserWarning)
+        warnings.simplefilter("default", UserWarning)
         if set(options.parts) & {"removal", "pruning"}:
             scores = _scores(benchmark, options)
         for part in options.parts:
