@@ -25,9 +25,22 @@ __all__ = ["main"]
 _ATTRIBUTORS = ("IFAttributorEKFAC", "TracInAttributor", "TRAKAttributor")
 
 
+class _Scratch(tempfile.TemporaryDirectory[str]):
+    """A temporary directory that is erased by ``shutil.rmtree``: Debian's Python has its own."""
+
+    def __init__(
+        self, suffix: str | None = None, prefix: str | None = None, dir: Any = None, **_: Any
+    ) -> None:
+        self.name = tempfile.mkdtemp(suffix, prefix, dir)
+
+    def cleanup(self) -> None:
+        shutil.rmtree(self.name, ignore_errors=True)
+
+
 def _keep_scratch(folder: Path) -> None:
     """Scratch folders are made in ``folder`` and not erased; what is inside them still is."""
     tempfile.tempdir = str(folder)
+    tempfile.TemporaryDirectory = _Scratch  # type: ignore[assignment, misc]
     erase = shutil.rmtree
 
     def rmtree(path: Any, *args: Any, **options: Any) -> None:
